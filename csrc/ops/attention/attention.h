@@ -1,0 +1,25 @@
+// attention: append K and V of 1..m tokens to a cache, then causal grouped-query attention over all of it.
+//   out[t, h*d:] = softmax(scale * q[t,h] . K[0..pos+t, h/G]) V,  G = heads / kv_heads
+// q, k, v f32 [T, heads*d] (row stride ldq) and [T, kv_heads*d] (row stride ldkv); pos: tokens already cached.
+// Caches are packed as gemm operands (csrc/ops/gemm), format f32 or bf16, ctx % 16 == 0:
+//   k_cache [kv_heads][ctx/16 panels, K = d];  v_cache [kv_heads][ceil(d/16) panels, K = ctx]
+// ws: attention_workspace() bytes, for the partial results of split contexts.
+#pragma once
+#include "base/params.h"
+
+namespace engine {
+#define ENGINE_ATTENTION_PARAMS(F)                                                                            \
+  F(const float*, q) F(const float*, k) F(const float*, v) F(int64_t, ldq) F(int64_t, ldkv)                   \
+  F(uint8_t*, k_cache) F(uint8_t*, v_cache) F(int32_t, format) F(int64_t, ctx) F(const int32_t*, pos)         \
+  F(float*, out) F(int64_t, ldo) F(uint8_t*, ws) F(const int32_t*, rows) F(int64_t, m) F(int64_t, heads)      \
+  F(int64_t, kv_heads) F(int64_t, d) F(float, scale)
+ENGINE_PARAMS(AttentionParams, ENGINE_ATTENTION_PARAMS)
+
+constexpr int64_t kAttentionSplit = 1024;  // positions per task in decode: fixed, so results do not depend on threads
+constexpr int64_t kAttentionSplitRows = 4;  // up to this many tokens the context is split
+
+constexpr int64_t attention_workspace(int64_t m, int64_t heads, int64_t d, int64_t ctx) {
+  const int64_t t = m < kAttentionSplitRows ? m : kAttentionSplitRows;
+  return ((ctx + kAttentionSplit - 1) / kAttentionSplit) * t * heads * (d + 2) * 4 + 64;
+}
+}  // namespace engine

@@ -1,0 +1,10 @@
+// gather: out[t,:] = table[ids[t],:], t < rows. table [V,D] f32 or bf16; out [T,D] f32. An id outside [0,V) gives zeros.
+#pragma once
+#include "base/params.h"
+
+namespace engine {
+#define ENGINE_GATHER_PARAMS(F)                                                                             \
+  F(const void*, table) F(int32_t, table_dtype) F(int64_t, vocab) F(int64_t, d) F(const int32_t*, ids)      \
+  F(float*, out) F(int64_t, ldo) F(const int32_t*, rows) F(int64_t, m)
+ENGINE_PARAMS(GatherParams, ENGINE_GATHER_PARAMS)
+}  // namespace engine

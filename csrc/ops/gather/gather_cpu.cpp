@@ -1,0 +1,29 @@
+// gather: rows of a table by ids that live in memory (token embedding, last row of a chunk)
+// layout   table [V,D] row-major f32 | bf16, out [T,D] f32
+// mapping  one task per row
+// moves    T*D*(table element + 4) bytes
+// tried    -
+#include "ops/gather/gather.h"
+
+#include "base/simd.h"
+
+namespace engine::cpu::ENGINE_NS {
+
+void gather(const GatherParams& p, Ctx& ctx) {
+  const int64_t m = p.rows ? imin(*p.rows, p.m) : p.m;
+  for (int64_t t; (t = claim(ctx)) < m;) {
+    const int64_t id = p.ids[t];
+    const bool ok = id >= 0 && id < p.vocab;
+    float* out = p.out + t * p.ldo;
+    for (int64_t i = 0; i < p.d; i += 16) {
+      const int64_t n = p.d - i;
+      F16 v = zero();
+      if (ok)
+        v = p.table_dtype == kBF16 ? loadn_bf16(static_cast<const uint16_t*>(p.table) + id * p.d + i, n)
+                                   : loadn(static_cast<const float*>(p.table) + id * p.d + i, n);
+      storen(out + i, v, n);
+    }
+  }
+}
+
+}  // namespace engine::cpu::ENGINE_NS

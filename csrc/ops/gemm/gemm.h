@@ -1,0 +1,35 @@
+// gemm: out[m,:] = act(prologue(x)[m,:] @ W.T + bias) * scale + residual[m,:], W packed (see gemm_pack).
+// x [M,K] f32 row-major (row stride ldx); out [M,N] f32 or bf16; residual [M,N] f32 (may be out itself); bias [N] f32.
+// rows, when given, is read at run time and replaces m: one recorded node serves every length up to m.
+// Prologues: rms_norm  x * rsqrt(mean(x^2) + eps) * pro_w over K
+//            gated     v = x * silu(z), then rms_norm over groups of norm_group channels, times pro_w
+// ws: at least gemm_workspace(m, k) bytes, used when M*K is too large for every thread to pack it for itself.
+#pragma once
+#include "base/params.h"
+
+namespace engine {
+
+#define ENGINE_GEMM_PARAMS(F)                                                                            \
+  F(const float*, x) F(int64_t, ldx) F(const uint8_t*, w) F(void*, out) F(int64_t, ldo)                  \
+  F(const float*, residual) F(int64_t, ldr) F(const float*, bias) F(const float*, pro_w)                 \
+  F(const float*, z) F(int64_t, ldz) F(uint8_t*, ws) F(const int32_t*, rows) F(int64_t, m) F(int64_t, n) \
+  F(int64_t, k) F(int32_t, format) F(int32_t, group) F(int32_t, prologue) F(int64_t, norm_group)         \
+  F(float, eps) F(int32_t, act) F(int32_t, out_dtype) F(float, scale)
+ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
+
+// gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.
+// Packed: panels of 16 output rows, K inside, 64-byte vectors of 16 rows x {1 f32 | 2 bf16 | 4 u8 | 8 u4} k values;
+// quantised panels end with their fp16 scales [k/group][16]. Same bytes on every ISA. k % group == 0 when quantised.
+#define ENGINE_GEMM_PACK_PARAMS(F)                                                                     \
+  F(const void*, src) F(int64_t, lds) F(int32_t, src_dtype) F(uint8_t*, dst) F(int64_t, n) F(int64_t, k) \
+  F(int64_t, n0) F(int32_t, format) F(int32_t, group)
+ENGINE_PARAMS(GemmPackParams, ENGINE_GEMM_PACK_PARAMS)
+
+// Bytes of one panel of 16 rows.
+constexpr int64_t gemm_panel_bytes(int32_t format, int64_t k, int64_t group) {
+  const int64_t codes = format == 0 ? 64 * k : format == 1 ? 32 * (k + (k & 1)) : format == 2 ? 16 * k : 8 * k;
+  const int64_t scales = format >= 2 ? (k / group) * 32 : 0;
+  return (codes + scales + 63) / 64 * 64;
+}
+
+}  // namespace engine

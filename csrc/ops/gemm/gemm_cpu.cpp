@@ -1,0 +1,207 @@
+// gemm: out = act(prologue(x) @ W.T + bias) * scale + residual, W packed once at load
+// layout   gemm.h (operands), microkernel.h (tiles)
+// mapping  small M*K: every thread packs all rows for itself, then takes chunks of panels (no barrier);
+//          else rows are packed once into ws, barrier, then (row block, panel chunk) tasks, dynamic
+// moves    W once per row block of <= 4 MB of A; x, out, residual once
+// tried    README.md
+#include "ops/gemm/gemm.h"
+
+#include "ops/gemm/microkernel.h"
+
+namespace engine::cpu::ENGINE_NS {
+namespace {
+
+constexpr int64_t kPrivateBytes = 128 << 10;  // A that each thread may pack redundantly
+constexpr int64_t kBlockBytes = 4 << 20;      // A kept hot in the last-level cache
+
+const float* prologue_row(const GemmParams& p, int64_t m, float* tmp) {
+  const float* x = p.x + m * p.ldx;
+  if (p.prologue == kProRmsNorm) {
+    rms_norm_row(x, p.pro_w, p.k, p.eps, tmp);
+    return tmp;
+  }
+  if (p.prologue == kProGatedGroupNorm) {
+    gated_group_norm_row(x, p.z + m * p.ldz, p.pro_w, p.k, p.norm_group, p.eps, tmp);
+    return tmp;
+  }
+  return x;
+}
+
+// Packs rows [m0, m0+mr) into a tile. `scratch` holds one f32 row and mr rows of units.
+void pack_tile(const GemmParams& p, int64_t m0, int64_t mr, char* scratch, uint8_t* tile) {
+  const int64_t nu = units_per_row(p.format, p.k), groups = is_int(p.format) ? p.k / p.group : 0;
+  float* row = reinterpret_cast<float*>(scratch);
+  float* scale = row + round_up(p.k, 16);
+  int32_t* corr = reinterpret_cast<int32_t*>(scale + groups * kMaxRows);
+  if (mr == 1) {
+    uint32_t* d = reinterpret_cast<uint32_t*>(tile);
+    float* sc = reinterpret_cast<float*>(d + nu);
+    to_units(p.format, prologue_row(p, m0, row), p.k, p.group, {d, sc, reinterpret_cast<int32_t*>(sc + groups)});
+    return;
+  }
+  uint32_t* units = reinterpret_cast<uint32_t*>(corr + groups * kMaxRows);
+  for (int64_t r = 0; r < mr; ++r)
+    to_units(p.format, prologue_row(p, m0 + r, row), p.k, p.group, {units + r * nu, scale + r * groups, corr + r * groups});
+  weave(p.format, p.k, p.group, mr, {units, scale, corr}, nu, groups, tile);
+}
+
+void emit_block(const GemmParams& p, int64_t m0, int64_t mr, int64_t panel, int np, const float* c) {
+  for (int64_t r = 0; r < mr; ++r) {
+    const int64_t m = m0 + r;
+    for (int q = 0; q < np; ++q) {
+      const int64_t n0 = (panel + q) * 16, left = p.n - n0;
+      if (left <= 0) break;
+      F16 v = load(c + (r * np + q) * 16);
+      if (p.bias) v = add(v, loadn(p.bias + n0, left));
+      if (p.act != kActNone) v = activate(v, p.act);
+      if (p.scale != 1.f) v = mul(v, set1(p.scale));
+      if (p.residual) v = add(v, loadn(p.residual + m * p.ldr + n0, left));
+      if (p.out_dtype == kBF16)
+        storen_bf16(static_cast<uint16_t*>(p.out) + m * p.ldo + n0, v, left);
+      else
+        storen(static_cast<float*>(p.out) + m * p.ldo + n0, v, left);
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmParams& p, Ctx& ctx) {
+  const int64_t m = p.rows ? imin(*p.rows, p.m) : p.m;
+  if (m <= 0) return;
+  const int64_t panel_bytes = gemm_panel_bytes(p.format, p.k, p.group);
+  const int64_t panels = ceil_div(p.n, 16);
+  const Tiles tiles = split_rows(m, max_rows(p.format));
+  const int64_t tile_bytes = a_tile_bytes(p.format, tiles.rows(0), p.k, p.group);
+  const bool priv = tiles.count * tile_bytes <= kPrivateBytes;
+  uint8_t* a = priv ? reinterpret_cast<uint8_t*>(ctx.scratch) + kScratchBytes - kPrivateBytes : p.ws;
+  if (priv) {
+    for (int64_t t = 0; t < tiles.count; ++t)
+      pack_tile(p, tiles.first(t), tiles.rows(t), ctx.scratch, a + t * tile_bytes);
+  } else {
+    for (int64_t t; (t = claim(ctx)) < tiles.count;)
+      pack_tile(p, tiles.first(t), tiles.rows(t), ctx.scratch, a + t * tile_bytes);
+    barrier(ctx);
+  }
+  const int64_t block = imax(1, imin(tiles.count, kBlockBytes / tile_bytes));
+  const int64_t blocks = ceil_div(tiles.count, block);
+  // About eight tasks per thread and row block: late threads get less, and each still streams long runs.
+  int64_t chunk = round_up(imax(ceil_div(panels, 8 * ctx.n), 1), 4);
+  chunk = imin(chunk, 64);
+  const int64_t chunks = ceil_div(panels, chunk);
+  const int step = panels_for(p.format, tiles.rows(0));
+  for (int64_t task; (task = claim(ctx)) < blocks * chunks;) {
+    const int64_t t0 = (task / chunks) * block, t1 = imin(t0 + block, tiles.count);
+    const int64_t p0 = (task % chunks) * chunk, p1 = imin(p0 + chunk, panels);
+    if (t1 - t0 == 1) {
+      const int64_t m0 = tiles.first(t0), mr = tiles.rows(t0);
+      run_panels(p.format, mr, a + t0 * tile_bytes, p.w, panel_bytes, p0, p1, p.k, p.group,
+                 [&](int64_t q, int np, const float* c) { emit_block(p, m0, mr, q, np, c); });
+      continue;
+    }
+    for (int64_t q = p0; q < p1; q += step)
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t m0 = tiles.first(t), mr = tiles.rows(t);
+        run_panels(p.format, mr, a + t * tile_bytes, p.w, panel_bytes, q, imin(q + step, p1), p.k, p.group,
+                   [&](int64_t w, int np, const float* c) { emit_block(p, m0, mr, w, np, c); });
+      }
+  }
+}
+
+// gemm_pack: quantise and lay out rows of a matrix, once at load
+// layout   gemm.h
+// mapping  one task per destination panel
+// moves    src once, dst once
+// tried    absmax/7 only: 4-bit error 9 % larger than the best of the candidate scales below
+void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
+  const int64_t panel_bytes = gemm_panel_bytes(p.format, p.k, p.group);
+  const int64_t first = p.n0 / 16, last = ceil_div(p.n0 + p.n, 16);
+  float* row = reinterpret_cast<float*>(ctx.scratch);
+  for (int64_t task; (task = claim(ctx)) < last - first;) {
+    const int64_t panel = first + task;
+    uint8_t* d = p.dst + panel * panel_bytes;
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      const int64_t n = panel * 16 + lane - p.n0;
+      const bool inside = n >= 0 && n < p.n;
+      if (!inside && n < 0) continue;  // an earlier call wrote this row
+      if (inside) {
+        const int64_t o = n * p.lds;
+        for (int64_t i = 0; i < p.k; i += 16) {
+          const int64_t left = p.k - i;
+          F16 v;
+          if (p.src_dtype == kF32) v = loadn(static_cast<const float*>(p.src) + o + i, left);
+          else if (p.src_dtype == kBF16) v = loadn_bf16(static_cast<const uint16_t*>(p.src) + o + i, left);
+          else {
+            float t[16] = {};
+            for (int64_t j = 0; j < 16 && j < left; ++j)
+              t[j] = f16_to_f32(static_cast<const uint16_t*>(p.src)[o + i + j]);
+            v = load(t);
+          }
+          storen(row + i, v, left);
+        }
+      } else {
+        for (int64_t i = 0; i < p.k; ++i) row[i] = 0.f;
+      }
+      if (p.format == kW_F32) {
+        float* q = reinterpret_cast<float*>(d);
+        for (int64_t i = 0; i < p.k; ++i) q[i * 16 + lane] = row[i];
+      } else if (p.format == kW_BF16) {
+        uint16_t* q = reinterpret_cast<uint16_t*>(d);
+        for (int64_t i = 0; i < p.k; ++i) q[(i / 2) * 32 + lane * 2 + (i & 1)] = f32_to_bf16(row[i]);
+        if (p.k & 1) q[(p.k / 2) * 32 + lane * 2 + 1] = 0;
+      } else {
+        const bool four = p.format == kW_I4;
+        uint16_t* scales = reinterpret_cast<uint16_t*>(d + (four ? 8 : 16) * p.k);
+        const float top = four ? 8.f : 128.f, high = four ? 7.f : 127.f;
+        for (int64_t g = 0; g < p.k / p.group; ++g) {
+          const float* s = row + g * p.group;
+          F16 hi = set1(-3.4e38f), lo = set1(3.4e38f);
+          for (int64_t i = 0; i < p.group; i += 16) {
+            const F16 v = load(s + i);
+            hi = max(hi, v);
+            lo = min(lo, v);
+          }
+          const float vmax = reduce_max(hi), vmin = -reduce_max(neg(lo));
+          // The code range is [-top, high], one step longer on the negative side: let the larger end use it.
+          const float extreme = vmax > -vmin ? vmax : vmin;
+          float best_err = 3.4e38f, best = 0.f;
+          const int candidates = four ? 9 : 1;
+          for (int c = 0; c < candidates && extreme != 0.f; ++c) {
+            const float want = four ? -extreme / (top - 0.125f * float(c)) : (vmax > -vmin ? vmax : -vmin) / high;
+            const float scale = f16_to_f32(f32_to_f16(want));
+            if (scale == 0.f) continue;
+            const F16 inv = set1(1.f / scale), sc = set1(scale);
+            F16 err = zero();
+            for (int64_t i = 0; i < p.group; i += 16) {
+              const F16 v = load(s + i);
+              const F16 q = min(max(round_even(mul(v, inv)), set1(four ? -top : -high)), set1(high));
+              const F16 e = sub(v, mul(q, sc));
+              err = fma(e, e, err);
+            }
+            const float total = reduce_add(err);
+            if (total < best_err) {
+              best_err = total;
+              best = scale;
+            }
+          }
+          scales[g * 16 + lane] = f32_to_f16(best);
+          const float inv = best != 0.f ? 1.f / best : 0.f;
+          for (int64_t i = 0; i < p.group; ++i) {
+            float q = nearbyintf(s[i] * inv);
+            q = q < (four ? -top : -high) ? (four ? -top : -high) : q > high ? high : q;
+            const uint8_t code = uint8_t(int(q) + int(top));
+            const int64_t kk = g * p.group + i;
+            if (four) {
+              uint8_t* b = d + (kk / 8) * 64 + lane * 4 + (kk & 3);
+              *b = (kk & 4) ? uint8_t((*b & 15) | (code << 4)) : uint8_t((*b & 0xf0) | code);
+            } else {
+              d[(kk / 4) * 64 + lane * 4 + (kk & 3)] = code;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace engine::cpu::ENGINE_NS

@@ -1,0 +1,172 @@
+"""Causal grouped-query attention with an appended, packed KV cache (csrc/ops/attention)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import _C
+from engine.errors import InputError
+from engine.ops.dispatch import call
+from engine.ops.gemm import FORMATS
+from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.runtime.arena import Arena, Tensor, as_tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """K and V of one layer as packed panels; `ctx` positions, a multiple of 16."""
+
+    k: Tensor
+    v: Tensor
+    kv_heads: int
+    d: int
+    ctx: int
+    format: str
+
+    @staticmethod
+    def nbytes(kv_heads: int, d: int, ctx: int, format: str) -> tuple[int, int]:
+        k = kv_heads * (ctx // 16) * _C.gemm_panel_bytes(FORMATS[format], d, 1)
+        v = kv_heads * math.ceil(d / 16) * _C.gemm_panel_bytes(FORMATS[format], ctx, 1)
+        return k, v
+
+    @staticmethod
+    def empty(arena: Arena, name: str, kv_heads: int, d: int, ctx: int, format: str) -> KVCache:
+        if format not in ("f32", "bf16") or ctx % 16 or ctx < 16:
+            raise InputError(f"KV cache {name!r}: format {format!r} must be f32 or bf16 and ctx {ctx} a multiple of 16")
+        k, v = KVCache.nbytes(kv_heads, d, ctx, format)
+        return KVCache(arena.alloc(f"{name}.k", (k,), "u8", "kv"), arena.alloc(f"{name}.v", (v,), "u8", "kv"),
+                       kv_heads, d, ctx, format)  # fmt: skip
+
+
+def workspace_bytes(m: int, heads: int, d: int, ctx: int) -> int:
+    return _C.attention_workspace(m, heads, d, ctx)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache,
+    pos: Tensor,
+    out: Tensor,
+    *,
+    heads: int,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    ws: Tensor,
+    label: str = "",
+) -> None:
+    """Appends k, v [T, kv_heads*d] at position pos (i32 [1], in memory), then out [T, heads*d] = attention of q.
+
+    All f32. scale defaults to 1/sqrt(d). rows (i32 [1]) replaces T. ws: workspace_bytes(). pos + T beyond ctx writes
+    nothing: the caller bounds the context.
+    """
+    t, d = q.shape[0], cache.d
+    if q.shape != (t, heads * d) or k.shape != (t, cache.kv_heads * d) or k.shape != v.shape or out.shape != q.shape:
+        raise InputError(f"attention {label!r}: q {q.shape}, k {k.shape}, v {v.shape}, out {out.shape} do not fit")
+    if heads % cache.kv_heads:
+        raise InputError(f"attention {label!r}: {heads} heads are not a multiple of {cache.kv_heads} kv heads")
+    call("attention", label, nbytes=0, q=q.address, k=k.address, v=v.address, ldq=q.ld, ldkv=k.ld,
+         k_cache=cache.k.address, v_cache=cache.v.address, format=FORMATS[cache.format], ctx=cache.ctx,
+         pos=pos.address, out=out.address, ldo=out.ld, ws=ws.address, rows=rows.address if rows else 0, m=t,
+         heads=heads, kv_heads=cache.kv_heads, d=d, scale=scale if scale is not None else d**-0.5)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- contract
+
+
+def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
+    n = c.past + c.t
+    f = np.float32
+    return {"q": rng.standard_normal((n, c.h * c.d)).astype(f), "k": rng.standard_normal((n, c.kv * c.d)).astype(f),
+            "v": rng.standard_normal((n, c.kv * c.d)).astype(f)}  # fmt: skip
+
+
+def _heads(c: Case, a: Arrays):
+    import torch
+
+    n = c.past + c.t
+    q, k, v = (torch.from_numpy(a[x]).reshape(n, -1, c.d).transpose(0, 1) for x in "qkv")
+    return q[:, c.past :], k, v
+
+
+def _reference(c: Case, a: Arrays) -> Arrays:
+    import torch
+
+    q, k, v = _heads(c, a)
+    if c.dtype == "bf16":  # operands as the kernel rounds them
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    q, k, v = q.double(), k.double().repeat_interleave(c.h // c.kv, 0), v.double().repeat_interleave(c.h // c.kv, 0)
+    s = q @ k.transpose(1, 2) * c.d**-0.5
+    mask = torch.arange(c.past + c.t)[None, :] > torch.arange(c.past, c.past + c.t)[:, None]
+    o = s.masked_fill(mask, float("-inf")).softmax(-1) @ v
+    return {"out": o.transpose(0, 1).reshape(c.t, -1).numpy()}
+
+
+def _call(c: Case, a: Arrays, out: np.ndarray):
+    arena = Arena()
+    ctx = (c.past + c.t + 15) // 16 * 16
+    cache = KVCache.empty(arena, "kv", c.kv, c.d, ctx, c.dtype)
+    for t in (cache.k, cache.v):  # what was never appended must not be read
+        t.numpy()[...] = 0xFF
+    pos = arena.alloc("pos", (1,), "i32", "io")
+    ws = arena.alloc("ws", (workspace_bytes(c.past + c.t, c.h, c.d, ctx),), "u8")
+    t = {k: as_tensor(v) for k, v in a.items()}
+
+    def run(start: int, count: int, dst: Tensor) -> None:
+        q, k, v = (t[x].slice(start * t[x].shape[1], (count, t[x].shape[1])) for x in "qkv")
+        pos.numpy()[0] = start
+        attention(q, k, v, cache, pos, dst, heads=c.h, ws=ws)
+
+    done = 0
+    while done < c.past:  # in uneven pieces, so that appends start at every offset
+        n = min(c.past - done, 37)
+        run(done, n, as_tensor(np.zeros((n, c.h * c.d), np.float32)))
+        done += n
+    dst = as_tensor(out)
+    return lambda: run(c.past, c.t, dst)
+
+
+def _run(c: Case, a: Arrays) -> Arrays:
+    out = np.full((c.t, c.h * c.d), np.nan, np.float32)
+    _call(c, a, out)()
+    return {"out": out}
+
+
+def _torch(c: Case, a: Arrays):
+    import torch
+
+    q, k, v = (x[None].to(torch.float32 if c.dtype == "f32" else torch.bfloat16) for x in _heads(c, a))
+    mask = torch.arange(c.past + c.t)[None, :] <= torch.arange(c.past, c.past + c.t)[:, None]
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _flops(c: Case) -> int:
+    return 4 * c.h * c.d * sum(c.past + t + 1 for t in range(c.t))
+
+
+register(
+    Op(
+        name="attention",
+        cases=[
+            *cases("tiny", *({"t": t, "past": p, "h": 8, "kv": 2, "d": 16, "dtype": f} for f in ("f32", "bf16")
+                             for t, p in ((1, 0), (1, 5), (3, 0), (16, 0), (33, 40), (5, 129)))),
+            *cases("odd", *({"t": t, "past": p, "h": h, "kv": kv, "d": d, "dtype": f} for f in ("f32", "bf16")
+                            for t, p, h, kv, d in ((2, 3, 3, 1, 13), (1, 2100, 4, 2, 20), (131, 7, 6, 3, 12), (4, 1023, 2, 2, 40)))),
+            *cases("real", *({"t": t, "past": p, "h": 32, "kv": 2, "d": 128, "dtype": "bf16"} for t, p in ((1, 1024), (512, 0)))),
+        ],
+        inputs=_inputs,
+        reference=_reference,
+        run=_run,
+        prepare=lambda c, a: _call(c, a, np.zeros((c.t, c.h * c.d), np.float32)),
+        torch_eager=_torch,
+        # bf16: probabilities are rounded to bf16 before the product with V
+        tolerance={"f32": 5e-6, "bf16": 3e-3},
+        bytes=lambda c: (2 if c.dtype == "bf16" else 4) * 2 * c.kv * c.d * (c.past + c.t) + 8 * c.t * c.h * c.d,
+        flops=_flops,
+        absent={"cuda": "issue 3: split-KV decode", "triton": "issue 3: causal prefill"},
+    )
+)  # fmt: skip

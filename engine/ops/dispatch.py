@@ -1,0 +1,56 @@
+"""From an op's name to the kernel that runs it. The choice is recorded with its reasons; see Model.explain()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine import _C
+from engine.errors import DispatchError
+from engine.runtime import device, plan
+
+_OPS: dict[str, int] = {name: i for i, (name, _) in enumerate(_C.ops())}
+_strict = False
+
+
+@contextmanager
+def strict(on: bool) -> Iterator[None]:
+    """While on, an op that would not run on the fastest implementation of this host raises DispatchError."""
+    global _strict
+    before, _strict = _strict, on
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def rejected(isa: int) -> tuple[tuple[str, str], ...]:
+    """Faster implementations that do not run, and why."""
+    out = [("cuda", cuda_missing())]
+    for i in range(len(device.ISAS) - 1, isa, -1):
+        missing = _C.isa_missing(i)
+        out.append((f"cpu/{device.ISAS[i]}", f"this CPU lacks {missing}" if missing else "ENGINE_ISA asks for less"))
+    return tuple(out)
+
+
+def cuda_missing() -> str:
+    """Why CUDA kernels do not run here."""
+    if not getattr(_C, "cuda", False):
+        return "built without CUDA"
+    return "no CUDA device on this host"
+
+
+def call(op: str, label: str = "", nbytes: int = 0, **values: object) -> None:
+    """Runs op now, or records it when a plan is being captured. Values are addresses and numbers."""
+    isa = device.isa()
+    if _strict and isa != _C.host_isa():
+        raise DispatchError(
+            f"op {op!r} would run on cpu/{device.ISAS[isa]}, but this CPU has {device.ISAS[_C.host_isa()]}; "
+            "unset ENGINE_ISA or load with strict=False"
+        )
+    recording = plan.current()
+    if recording is None:
+        _C.run(_OPS[op], isa, values)
+        return
+    info = plan.NodeInfo(label or op, op, f"cpu/{device.ISAS[isa]}", rejected(isa), nbytes)
+    recording.record(_OPS[op], isa, info, values)

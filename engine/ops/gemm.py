@@ -1,0 +1,277 @@
+"""Packed GEMM: out = act(prologue(x) @ W.T + bias) * scale + residual, W packed once (csrc/ops/gemm)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import _C
+from engine.errors import InputError
+from engine.ops.dispatch import call
+from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.runtime.arena import Arena, Tensor, as_tensor
+
+FORMATS = {"f32": 0, "bf16": 1, "i8": 2, "i4": 3}
+ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4}
+SRC = {"f32": 0, "bf16": 1, "f16": 2}
+MAX_K = 65536  # rows are packed in per-thread scratch
+
+
+def group_for(k: int) -> int | None:
+    """Quantisation group along K: 64, else 32, else none (the matrix then stays unquantised)."""
+    return 64 if k % 64 == 0 else 32 if k % 32 == 0 else None
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """`count` weight matrices [n, k] in the panel layout of csrc/ops/gemm/gemm.h."""
+
+    n: int
+    k: int
+    format: str
+    group: int
+    count: int
+    data: Tensor
+
+    @staticmethod
+    def empty(arena: Arena | None, name: str, n: int, k: int, format: str, count: int = 1) -> PackedMatrix:
+        if format not in FORMATS:
+            raise InputError(f"weight format {format!r} is not one of {', '.join(FORMATS)}")
+        if not 1 <= k <= MAX_K or n < 1:
+            raise InputError(f"matrix {name!r} is [{n}, {k}]; K must be in 1..{MAX_K}")
+        group = 1
+        if format in ("i8", "i4"):
+            chosen = group_for(k)
+            if chosen is None:
+                raise InputError(f"matrix {name!r} has K = {k}, not a multiple of 32; use format bf16 or f32")
+            group = chosen
+        nbytes = _C.gemm_panel_bytes(FORMATS[format], k, group) * math.ceil(n / 16) * count
+        data = (arena or Arena()).alloc(name, (nbytes,), "u8", "weights")
+        return PackedMatrix(n, k, format, group, count, data)
+
+    @staticmethod
+    def pack(name: str, src: np.ndarray, format: str, arena: Arena | None = None) -> PackedMatrix:
+        """From [n, k] or [count, n, k] in f32, f16, or bf16 as uint16."""
+        stack = src if src.ndim == 3 else src[None]
+        out = PackedMatrix.empty(arena, name, stack.shape[1], stack.shape[2], format, stack.shape[0])
+        for i, matrix in enumerate(stack):
+            out.fill(matrix, index=i)
+        return out
+
+    @property
+    def panel_bytes(self) -> int:
+        return _C.gemm_panel_bytes(FORMATS[self.format], self.k, self.group)
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self.panel_bytes * math.ceil(self.n / 16)
+
+    def fill(self, src: np.ndarray, row: int = 0, index: int = 0) -> None:
+        """Packs rows [row, row + len(src)) of matrix `index`; fill rows in ascending order."""
+        dtype = {np.dtype(np.float32): "f32", np.dtype(np.uint16): "bf16", np.dtype(np.float16): "f16"}.get(src.dtype)
+        if dtype is None or src.ndim != 2 or src.shape[1] != self.k or row + src.shape[0] > self.n:
+            raise InputError(f"cannot pack {src.dtype}{list(src.shape)} at row {row} of a [{self.n}, {self.k}] matrix")
+        src = np.ascontiguousarray(src)
+        call("gemm_pack", src=src.ctypes.data, lds=self.k, src_dtype=SRC[dtype],
+             dst=self.data.address + index * self.matrix_bytes, n=src.shape[0], k=self.k, n0=row,
+             format=FORMATS[self.format], group=self.group)  # fmt: skip
+
+    def unpack(self, index: int = 0) -> np.ndarray:
+        """The weights that the kernels multiply with, f32 [n, k]."""
+        panels = math.ceil(self.n / 16)
+        raw = self.data.numpy()[index * self.matrix_bytes : (index + 1) * self.matrix_bytes].reshape(panels, -1)
+        k, g = self.k, self.group
+        if self.format == "f32":
+            w = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
+        elif self.format == "bf16":
+            pairs = (k + 1) // 2
+            bits = raw.view(np.uint16).reshape(panels, pairs, 16, 2).transpose(0, 2, 1, 3).reshape(panels, 16, -1)
+            w = (bits[..., :k].astype(np.uint32) << 16).view(np.float32)
+        else:
+            four = self.format == "i4"
+            code_bytes = 8 * k if four else 16 * k
+            codes, rest = raw[:, :code_bytes], np.ascontiguousarray(raw[:, code_bytes : code_bytes + k // g * 32])
+            if four:
+                v = codes.reshape(panels, k // 8, 1, 16, 4)
+                v = np.concatenate([v & 15, v >> 4], axis=2).astype(np.int32) - 8
+            else:
+                v = codes.reshape(panels, k // 4, 1, 16, 4).astype(np.int32) - 128
+            q = v.transpose(0, 3, 1, 2, 4).reshape(panels, 16, k)
+            scale = rest.view(np.float16).reshape(panels, k // g, 16).transpose(0, 2, 1).astype(np.float32)
+            w = q * np.repeat(scale, g, axis=2)
+        return np.ascontiguousarray(w.reshape(panels * 16, k)[: self.n], dtype=np.float32)
+
+
+def workspace_bytes(m: int, k: int) -> int:
+    """Bytes of ws for any format and ISA: packed activations of m rows."""
+    return m * (4 * k + 8 * (k // 32 + 1) + 64) + 64
+
+
+def gemm(
+    x: Tensor,
+    w: PackedMatrix,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    gate: Tensor | None = None,
+    norm_group: int = 0,
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    rows: Tensor | None = None,
+    ws: Tensor | None = None,
+    label: str = "",
+) -> None:
+    """out[m,:] = act(p(x)[m,:] @ w.T + bias) * scale + residual[m,:].
+
+    x [M,K] f32; out [M,N] f32 or bf16; bias [N], norm [K] f32. p is the identity; with `norm` an RMS norm over K;
+    with `norm` and `gate` [M,K]: v = x * silu(gate), then RMS norm over groups of `norm_group` channels.
+    rows (i32 [1]), read at run time, replaces M. ws: workspace_bytes(M, K).
+    """
+    m, k = x.shape
+    if k != w.k or out.shape != (m, w.n):
+        raise InputError(f"gemm {label!r}: x {x.shape}, w [{w.n}, {w.k}], out {out.shape} do not fit")
+    if residual is not None and residual.shape != out.shape:
+        raise InputError(f"gemm {label!r}: residual {residual.shape}, out {out.shape} differ")
+    if gate is not None and (norm is None or norm_group < 1 or k % norm_group):
+        raise InputError(f"gemm {label!r}: a gated prologue needs norm and a norm_group that divides {k}")
+    if ws is None and m * k * 8 > 65536:
+        raise InputError(f"gemm {label!r}: M*K = {m * k} needs ws of workspace_bytes(M, K)")
+    prologue = 0 if norm is None else 1 if gate is None else 2
+    call("gemm", label, nbytes=w.matrix_bytes, x=x.address, ldx=x.ld, w=w.data.address, out=out.address, ldo=out.ld,
+         residual=residual.address if residual else 0, ldr=residual.ld if residual else 0,
+         bias=bias.address if bias else 0, pro_w=norm.address if norm else 0, z=gate.address if gate else 0,
+         ldz=gate.ld if gate else 0, ws=ws.address if ws else 0, rows=rows.address if rows else 0, m=m, n=w.n, k=k,
+         format=FORMATS[w.format], group=w.group, prologue=prologue, norm_group=norm_group, eps=eps, act=ACTS[act],
+         out_dtype=SRC[out.dtype], scale=scale)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- contract
+
+
+def quantised_activations(x, format: str, group: int):
+    """What the kernels make of activations, in fp32 as they do, returned in fp64 (torch [M,K])."""
+    import torch
+
+    x = x.float()
+    if format == "f32":
+        return x.double()
+    if format == "bf16":
+        return x.bfloat16().double()
+    g = x.reshape(x.shape[0], -1, group)
+    amax = g.abs().amax(-1, keepdim=True)
+    inv = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
+    return ((g * inv).round().double() * (amax / 127.0).double()).reshape(x.shape)
+
+
+def activate(x, act: str):
+    import torch.nn.functional as F
+
+    return {
+        "none": lambda v: v,
+        "relu2": lambda v: v.relu().square(),
+        "silu": F.silu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "gelu": F.gelu,
+    }[act](x)
+
+
+def rms_norm(x, w, eps: float, group: int = 0):
+    """x * rsqrt(mean(x^2) + eps) * w over the last axis or its groups (torch)."""
+    g = x.reshape(*x.shape[:-1], -1, group or x.shape[-1])
+    return (g * (g.square().mean(-1, keepdim=True) + eps).rsqrt()).reshape(x.shape) * w
+
+
+def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
+    f = np.float32
+    out = {"x": rng.standard_normal((c.m, c.k)).astype(f), "w": (rng.standard_normal((c.n, c.k)) / c.k**0.5).astype(f)}
+    if c.dims.get("epilogue"):
+        out |= {"bias": rng.standard_normal(c.n).astype(f), "residual": rng.standard_normal((c.m, c.n)).astype(f)}
+    if c.dims.get("prologue", "none") != "none":
+        out["norm"] = (1 + 0.1 * rng.standard_normal(c.k)).astype(f)
+    if c.dims.get("prologue") == "gated":
+        out["gate"] = rng.standard_normal((c.m, c.k)).astype(f)
+    return out
+
+
+def _reference(c: Case, a: Arrays) -> Arrays:
+    import torch
+
+    w = torch.from_numpy(PackedMatrix.pack("w", a["w"], c.dtype).unpack()).double()
+    x = torch.from_numpy(a["x"]).double()
+    if "gate" in a:
+        x = x * torch.nn.functional.silu(torch.from_numpy(a["gate"]).double())
+    if "norm" in a:
+        x = rms_norm(x, torch.from_numpy(a["norm"]).double(), 1e-5, c.dims.get("norm_group", 0))
+    y = quantised_activations(x, c.dtype, group_for(c.k) or 0) @ w.T
+    if "bias" in a:
+        y = activate(y + torch.from_numpy(a["bias"]).double(), c.act) * 0.5 + torch.from_numpy(a["residual"]).double()
+    return {"out": y.numpy()}
+
+
+def _call(c: Case, a: Arrays, out: np.ndarray):
+    """Packs once; returns the call that writes `out`."""
+    t = {k: as_tensor(v) for k, v in a.items()}
+    w = PackedMatrix.pack("w", a["w"], c.dtype)
+    ws = Arena().alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
+    dst = as_tensor(out)
+    extra = {"bias": t["bias"], "residual": t["residual"], "act": c.act, "scale": 0.5} if "bias" in t else {}
+    return lambda: gemm(t["x"], w, dst, norm=t.get("norm"), gate=t.get("gate"), ws=ws,
+                        norm_group=c.dims.get("norm_group", 0), **extra)  # fmt: skip
+
+
+def _run(c: Case, a: Arrays) -> Arrays:
+    out = np.full((c.m, c.n), np.nan, np.float32)
+    _call(c, a, out)()
+    return {"out": out}
+
+
+def _prepare(c: Case, a: Arrays):
+    return _call(c, a, np.zeros((c.m, c.n), np.float32))
+
+
+def _torch(c: Case, a: Arrays):
+    import torch
+
+    dtype = torch.float32 if c.dtype == "f32" else torch.bfloat16
+    x, w = torch.from_numpy(a["x"]).to(dtype), torch.from_numpy(a["w"]).to(dtype)
+    return lambda: torch.nn.functional.linear(x, w)
+
+
+def _weight_bytes(c: Case) -> int:
+    return _C.gemm_panel_bytes(FORMATS[c.dtype], c.k, (group_for(c.k) or 1) if c.dtype in ("i8", "i4") else 1) * math.ceil(c.n / 16)
+
+
+_F = ("f32", "bf16", "i8", "i4")
+register(
+    Op(
+        name="gemm",
+        kernels=("gemm", "gemm_pack"),
+        cases=[
+            *cases("tiny", *({"m": m, "n": n, "k": k, "dtype": f} for f in _F for m, n, k in
+                             ((1, 16, 64), (2, 48, 128), (7, 33, 96), (15, 80, 64), (29, 100, 160)))),
+            *cases("tiny", *({"m": m, "n": 40, "k": 128, "dtype": f, "prologue": "rms", "epilogue": 1, "act": act}
+                             for f in _F for m, act in ((1, "relu2"), (5, "silu"), (16, "gelu"), (20, "gelu_tanh"), (3, "none")))),
+            *cases("tiny", *({"m": m, "n": 24, "k": 192, "dtype": f, "prologue": "gated", "norm_group": g}
+                             for f in _F for m, g in ((1, 96), (17, 64), (4, 12)))),
+            *cases("odd", *({"m": m, "n": n, "k": k, "dtype": f} for f in ("f32", "bf16")
+                            for m, n, k in ((1, 1, 1), (3, 17, 7), (13, 5, 33), (61, 129, 101)))),
+            *cases("odd", {"m": 700, "n": 50, "k": 320, "dtype": "i8"}, {"m": 700, "n": 50, "k": 320, "dtype": "f32"}),
+            *cases("real", *({"m": m, "n": 10304, "k": 2688, "dtype": f} for f in _F for m in (1, 24, 512))),
+        ],
+        inputs=_inputs,
+        reference=_reference,
+        run=_run,
+        prepare=_prepare,
+        torch_eager=_torch,
+        # Products and sums in fp32 on the same rounded operands; 8-bit codes may flip at a rounding tie.
+        tolerance={"f32": 2e-6, "bf16": 2e-4, "i8": 2e-4, "i4": 2e-4},
+        bytes=lambda c: _weight_bytes(c) + 4 * c.m * (c.k + c.n),
+        flops=lambda c: 2 * c.m * c.n * c.k,
+        absent={"cuda": "issue 3: decode GEMV in CUDA C++", "triton": "issue 3: prefill GEMM in Triton"},
+    )
+)  # fmt: skip

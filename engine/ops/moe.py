@@ -1,0 +1,280 @@
+"""Top-k routed experts of two matrices and one shared expert, as three nodes (csrc/ops/moe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import _C
+from engine.errors import InputError
+from engine.ops.dispatch import call
+from engine.ops.gemm import (ACTS, FORMATS, PackedMatrix, activate, group_for, quantised_activations, rms_norm,
+                             workspace_bytes as gemm_workspace)  # fmt: skip
+from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.runtime.arena import Arena, Tensor, as_tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router leaves in memory for m tokens: ids and weights [T, top_k]; offsets [E+1] and order [T*top_k]
+    list the pairs by expert (used for T > 1)."""
+
+    ids: Tensor
+    weights: Tensor
+    offsets: Tensor
+    order: Tensor
+    logits: Tensor
+    experts: int
+    top_k: int
+
+    @staticmethod
+    def empty(arena: Arena, name: str, m: int, experts: int, top_k: int) -> Routing:
+        return Routing(
+            arena.alloc(f"{name}.ids", (m, top_k), "i32"), arena.alloc(f"{name}.weights", (m, top_k)),
+            arena.alloc(f"{name}.offsets", (experts + 1,), "i32"), arena.alloc(f"{name}.order", (m * top_k,), "i32"),
+            arena.alloc(f"{name}.logits", (m, experts)), experts, top_k)  # fmt: skip
+
+
+def moe_route(
+    x: Tensor,
+    norm: Tensor,
+    gate: PackedMatrix,
+    bias: Tensor | None,
+    to: Routing,
+    *,
+    scale: float,
+    norm_topk: bool = True,
+    n_group: int = 1,
+    topk_group: int = 1,
+    eps: float = 1e-5,
+    rows: Tensor | None = None,
+    ws: Tensor,
+    label: str = "",
+) -> None:
+    """Router of DeepSeek-V3 form in fp32: sigmoid scores, selection on score + bias, weights from the score.
+
+    x [T,D] f32 (raw residual stream; `norm` [D] is applied here), gate f32 [E,D], bias [E].
+    """
+    if gate.format != "f32" or (gate.n, gate.k) != (to.experts, x.shape[1]):
+        raise InputError(f"moe_route {label!r}: gate must be f32 [{to.experts}, {x.shape[1]}]")
+    if not 1 <= to.top_k <= to.experts or to.experts % n_group or not 1 <= topk_group <= n_group:
+        raise InputError(f"moe_route {label!r}: top_k {to.top_k}, groups {n_group}/{topk_group} do not fit {to.experts} experts")
+    call("moe_route", label, nbytes=gate.matrix_bytes, x=x.address, ldx=x.ld, norm=norm.address, eps=eps,
+         gate=gate.data.address, bias=bias.address if bias else 0, logits=to.logits.address, ids=to.ids.address,
+         weights=to.weights.address, offsets=to.offsets.address, order=to.order.address, ws=ws.address,
+         rows=rows.address if rows else 0, m=x.shape[0], d=x.shape[1], experts=to.experts, top_k=to.top_k,
+         n_group=n_group, topk_group=topk_group, norm_topk=int(norm_topk), scale=scale)  # fmt: skip
+
+
+def moe_up(
+    x: Tensor,
+    norm: Tensor,
+    up: PackedMatrix,
+    routing: Routing,
+    h: Tensor,
+    *,
+    shared: PackedMatrix | None = None,
+    hs: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    shared_bias: Tensor | None = None,
+    act: str = "relu2",
+    eps: float = 1e-5,
+    rows: Tensor | None = None,
+    ws: Tensor,
+    label: str = "",
+) -> None:
+    """h [T*top_k, I] = act(rms_norm(x) @ up_e.T) for the routed pairs; hs [T,S] the same for the shared expert."""
+    s = shared or up
+    call("moe_up", label, nbytes=up.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
+         x=x.address, ldx=x.ld, norm=norm.address, eps=eps, up=up.data.address,
+         shared_up=shared.data.address if shared else 0, up_bias=up_bias.address if up_bias else 0,
+         shared_bias=shared_bias.address if shared_bias else 0, ids=routing.ids.address,
+         offsets=routing.offsets.address, order=routing.order.address, h=h.address, hs=hs.address if hs else 0,
+         ws=ws.address, rows=rows.address if rows else 0, m=x.shape[0], d=x.shape[1], inner=up.n,
+         shared=shared.n if shared else 0, experts=up.count, top_k=routing.top_k, act=ACTS[act],
+         format=FORMATS[up.format], group=up.group, shared_format=FORMATS[s.format], shared_group=s.group)  # fmt: skip
+
+
+def moe_down(
+    h: Tensor,
+    down: PackedMatrix,
+    routing: Routing,
+    out: Tensor,
+    *,
+    residual: Tensor | None = None,
+    shared: PackedMatrix | None = None,
+    hs: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    shared_bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    ws: Tensor,
+    label: str = "",
+) -> None:
+    """out [T,D] = residual + sum over the pairs of weight * (h @ down_e.T) + hs @ shared_down.T."""
+    s = shared or down
+    call("moe_down", label, nbytes=down.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
+         h=h.address, hs=hs.address if hs else 0, residual=residual.address if residual else 0,
+         ldr=residual.ld if residual else 0, down=down.data.address, shared_down=shared.data.address if shared else 0,
+         down_bias=down_bias.address if down_bias else 0, shared_bias=shared_bias.address if shared_bias else 0,
+         ids=routing.ids.address, weights=routing.weights.address, offsets=routing.offsets.address,
+         order=routing.order.address, out=out.address, ldo=out.ld, ws=ws.address, rows=rows.address if rows else 0,
+         m=out.shape[0], d=out.shape[1], inner=down.k, shared=shared.k if shared else 0, experts=down.count,
+         top_k=routing.top_k, format=FORMATS[down.format], group=down.group, shared_format=FORMATS[s.format],
+         shared_group=s.group)  # fmt: skip
+
+
+def moe_workspace(m: int, d: int, up: PackedMatrix, top_k: int, shared: PackedMatrix | None) -> int:
+    """Bytes of ws that moe_route, moe_up and moe_down need for m tokens."""
+    s = shared or up
+    a = (FORMATS[up.format], up.group, FORMATS[s.format])
+    inner_group = group_for(up.n) or 1
+    shared_inner = group_for(s.n) or 1
+    return max(gemm_workspace(m, d), _C.moe_up_workspace(m, top_k, d, *a, s.group),
+               _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, a[0], inner_group, a[2], shared_inner),
+               # the down matrices may stay unquantised where K does not divide
+               _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, 0, 1, 0, 1))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- contract
+
+
+def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
+    def w(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32)
+
+    out = {
+        "x": w(c.t, c.d) * c.d**0.5, "norm": 1 + 0.1 * w(c.d), "gate": w(c.e, c.d), "bias": 0.3 * w(c.e) * c.e**0.5,
+        "up": w(c.e, c.i, c.d), "down": w(c.e, c.d, c.i), "residual": w(c.t, c.d),
+    }  # fmt: skip
+    if c.s:
+        out |= {"shared_up": w(c.s, c.d), "shared_down": w(c.d, c.s)}
+    return out
+
+
+def route_reference(logits, bias, top_k: int, n_group: int, topk_group: int, scale: float, norm_topk: bool = True):
+    """ids and weights [T, top_k] from logits [T,E] (torch, fp64): the specification of moe_route."""
+    import torch
+
+    s = logits.sigmoid()
+    choice = s + bias
+    if n_group > 1:
+        groups = choice.reshape(len(s), n_group, -1)
+        score = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+        keep = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(topk_group, -1).indices, True)
+        choice = groups.masked_fill(~keep[..., None], float("-inf")).reshape(s.shape)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    w = s.gather(1, ids)
+    return ids, (w / (w.sum(-1, keepdim=True) + 1e-20) if norm_topk else w) * scale
+
+
+def _matrix(c: Case, w: np.ndarray) -> PackedMatrix:
+    k = w.shape[-1]
+    return PackedMatrix.pack("w", w, c.dtype if c.dtype in ("f32", "bf16") or group_for(k) else "bf16")
+
+
+def _reference(c: Case, a: Arrays) -> Arrays:
+    import torch
+
+    def product(x, w: np.ndarray):
+        m = _matrix(c, w)
+        return quantised_activations(x, m.format, m.group) @ torch.from_numpy(m.unpack()).double().T
+
+    x = rms_norm(torch.from_numpy(a["x"]).double(), torch.from_numpy(a["norm"]).double(), 1e-5)
+    logits = x @ torch.from_numpy(a["gate"]).double().T
+    ids, weights = route_reference(logits, torch.from_numpy(a["bias"]).double(), c.k, c.ng, max(1, c.ng // 2), 2.5)
+    out = torch.from_numpy(a["residual"]).double().clone()
+    for t in range(c.t):
+        for j in range(c.k):
+            e = int(ids[t, j])
+            h = activate(product(x[t : t + 1], a["up"][e]), "relu2")
+            out[t] += weights[t, j] * product(h, a["down"][e])[0]
+    if c.s:
+        out += product(activate(product(x, a["shared_up"]), "relu2"), a["shared_down"])
+    return {"out": out.numpy(), "ids": ids.sort(-1).values.numpy(), "weights": weights.sort(-1).values.numpy()}
+
+
+def _call(c: Case, a: Arrays, out: np.ndarray):
+    arena = Arena()
+    t = {k: as_tensor(v) for k, v in a.items() if v.ndim < 3}
+    gate = PackedMatrix.pack("gate", a["gate"], "f32")
+    up, down = _matrix(c, a["up"]), _matrix(c, a["down"])
+    sup, sdown = (_matrix(c, a["shared_up"]), _matrix(c, a["shared_down"])) if c.s else (None, None)
+    routing = Routing.empty(arena, "route", c.t, c.e, c.k)
+    h, hs = arena.alloc("h", (c.t * c.k, c.i)), arena.alloc("hs", (c.t, max(c.s, 1)))
+    ws = arena.alloc("ws", (moe_workspace(c.t, c.d, up, c.k, sup),), "u8")
+    dst = as_tensor(out)
+
+    def run() -> None:
+        moe_route(t["x"], t["norm"], gate, t["bias"], routing, scale=2.5, n_group=c.ng, topk_group=max(1, c.ng // 2), ws=ws)
+        moe_up(t["x"], t["norm"], up, routing, h, shared=sup, hs=hs, ws=ws)
+        moe_down(h, down, routing, dst, residual=t["residual"], shared=sdown, hs=hs, ws=ws)
+
+    return run, routing
+
+
+def _run(c: Case, a: Arrays) -> Arrays:
+    out = np.full((c.t, c.d), np.nan, np.float32)
+    run, routing = _call(c, a, out)
+    run()
+    return {"out": out, "ids": np.sort(routing.ids.numpy()), "weights": np.sort(routing.weights.numpy())}
+
+
+def _torch(c: Case, a: Arrays):
+    import torch
+
+    dtype = torch.float32 if c.dtype == "f32" else torch.bfloat16
+    w = {k: torch.from_numpy(v).to(dtype) for k, v in a.items()}
+
+    def step():
+        x = torch.nn.functional.rms_norm(w["x"], (c.d,), w["norm"], 1e-5)
+        logits = x.float() @ w["gate"].float().T
+        s = logits.sigmoid()
+        ids = (s + w["bias"].float()).topk(c.k).indices
+        p = s.gather(1, ids)
+        p = p / p.sum(-1, keepdim=True) * 2.5
+        out = w["residual"].clone()
+        for e in ids.unique().tolist():
+            t, j = (ids == e).nonzero(as_tuple=True)
+            h = (x[t] @ w["up"][e].T).relu().square()
+            out.index_add_(0, t, (p[t, j, None] * (h @ w["down"][e].T).float()).to(dtype))
+        if c.s:
+            out += (x @ w["shared_up"].T).relu().square() @ w["shared_down"].T
+        return out
+
+    return step
+
+
+def _bytes(c: Case) -> int:
+    touched = min(c.e, c.k * c.t)
+    size = {"f32": 4.0, "bf16": 2.0, "i8": 1.03125, "i4": 0.53125}[c.dtype]
+    return int(2 * c.d * (touched * c.i + c.s) * size) + 4 * c.e * c.d + 8 * c.t * c.d
+
+
+_D = {"e": 8, "k": 3, "i": 64, "s": 128, "d": 64, "ng": 1}
+register(
+    Op(
+        name="moe",
+        kernels=("moe_route", "moe_up", "moe_down"),
+        cases=[
+            *cases("tiny", *({"t": t, **_D, "dtype": f} for f in FORMATS for t in (1, 2, 9, 40))),
+            *cases("tiny", *({"t": t, **_D, "ng": 4, "dtype": "f32"} for t in (1, 7)), {"t": 5, **_D, "s": 0, "dtype": "f32"},
+                   {"t": 1, **_D, "s": 0, "dtype": "i4"}),
+            *cases("odd", *({"t": t, "e": 5, "k": 2, "i": 29, "s": 43, "d": 37, "ng": 1, "dtype": f} for f in ("f32", "bf16") for t in (1, 6)),
+                   {"t": 6, "e": 6, "k": 6, "i": 96, "s": 32, "d": 160, "ng": 3, "dtype": "i4"},
+                   {"t": 3, "e": 4, "k": 1, "i": 24, "s": 40, "d": 64, "ng": 1, "dtype": "i8"}),
+            *cases("real", *({"t": t, "e": 16, "k": 6, "i": 1856, "s": 3712, "d": 2688, "ng": 1, "dtype": f}
+                             for f in ("bf16", "i4") for t in (1, 512))),
+        ],
+        inputs=_inputs,
+        reference=_reference,
+        run=_run,
+        prepare=lambda c, a: _call(c, a, np.zeros((c.t, c.d), np.float32))[0],
+        torch_eager=_torch,
+        # bf16 and 8-bit activations of the second product depend on the last bit of the first
+        tolerance={"f32": 5e-6, "bf16": 1e-3, "i8": 3e-3, "i4": 3e-3},
+        bytes=_bytes,
+        flops=lambda c: 4 * c.t * c.d * (c.k * c.i + c.s) + 2 * c.t * c.e * c.d,
+        absent={"cuda": "issue 3: fused decode dispatch", "triton": "issue 3: grouped GEMM"},
+    )
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""Causal conv + Mamba-2 selective scan over 1..T tokens that continue a sequence (csrc/ops/ssm)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import InputError
+from engine.ops.dispatch import call
+from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.runtime.arena import Tensor, as_tensor
+
+
+@dataclass(frozen=True)
+class SsmShape:
+    """heads H, head_dim P, groups G, n_state N, taps K (conv kernel). channels = H*P + 2*G*N."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    n_state: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim + 2 * self.groups * self.n_state
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Shape of the scan state: [H, N, P padded to 16]."""
+        return self.heads, self.n_state, (self.head_dim + 15) // 16 * 16
+
+
+def ssm(
+    shape: SsmShape,
+    xbc: Tensor,
+    dt: Tensor,
+    out: Tensor,
+    *,
+    conv_w: Tensor,
+    conv_b: Tensor | None,
+    conv_state: Tensor,
+    a: Tensor,
+    d_skip: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    u: Tensor,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    rows: Tensor | None = None,
+    label: str = "",
+) -> None:
+    """y = scan(silu(conv(xbc))), states updated in place (Dao & Gu 2024, Mamba-2).
+
+    xbc [T, channels], dt [T,H], out [T, H*P] f32; conv_w [K, channels]; conv_state [K-1, channels]: last raw inputs;
+    a = -exp(A_log), d_skip, dt_bias [H]; state [H,N,Pp]; u [T, channels] workspace. rows (i32 [1]) replaces T.
+    """
+    t = out.shape[0]
+    if xbc.shape != (t, shape.channels) or u.shape != xbc.shape or out.shape[1] != shape.heads * shape.head_dim:
+        raise InputError(f"ssm {label!r}: xbc {xbc.shape}, u {u.shape}, out {out.shape} do not fit {shape}")
+    if state.shape != shape.state or conv_state.shape != (shape.taps - 1, shape.channels):
+        raise InputError(f"ssm {label!r}: state {state.shape}, conv_state {conv_state.shape} do not fit {shape}")
+    call("ssm", label, nbytes=2 * state.nbytes, xbc=xbc.address, ldx=xbc.ld, dt=dt.address, lddt=dt.ld,
+         conv_w=conv_w.address, conv_b=conv_b.address if conv_b else 0, conv_state=conv_state.address, a=a.address,
+         d_skip=d_skip.address, dt_bias=dt_bias.address, state=state.address, u=u.address, out=out.address, ldo=out.ld,
+         rows=rows.address if rows else 0, m=t, heads=shape.heads, head_dim=shape.head_dim, groups=shape.groups,
+         n_state=shape.n_state, taps=shape.taps, dt_min=dt_limit[0], dt_max=dt_limit[1])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- contract
+
+
+def _shape(c: Case) -> SsmShape:
+    return SsmShape(c.h, c.p, c.g, c.n, c.k)
+
+
+def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
+    s, f = _shape(c), np.float32
+    pad = np.zeros(s.state, f)
+    pad[..., : c.p] = rng.standard_normal((c.h, c.n, c.p))
+    out = {
+        "xbc": rng.standard_normal((c.t, s.channels)), "dt": rng.standard_normal((c.t, c.h)),
+        "conv_w": rng.standard_normal((c.k, s.channels)) / c.k**0.5, "conv_b": 0.1 * rng.standard_normal(s.channels),
+        "conv_state": rng.standard_normal((c.k - 1, s.channels)), "a": -rng.uniform(1, 16, c.h),
+        "d_skip": rng.standard_normal(c.h), "dt_bias": rng.standard_normal(c.h) - 3, "state": pad,
+    }  # fmt: skip
+    return {k: np.ascontiguousarray(v, f) for k, v in out.items()}
+
+
+def _reference(c: Case, arrays: Arrays) -> Arrays:
+    import torch
+
+    a = {k: torch.from_numpy(v).double() for k, v in arrays.items()}
+    di, gn = c.h * c.p, c.g * c.n
+    seq = torch.cat([a["conv_state"], a["xbc"]])
+    u = torch.stack([(a["conv_w"] * seq[t : t + c.k]).sum(0) for t in range(c.t)]) + a["conv_b"]
+    u = torch.nn.functional.silu(u)
+    x = u[:, :di].reshape(c.t, c.h, c.p)
+    b, cc = (u[:, di + i * gn : di + (i + 1) * gn].reshape(c.t, c.g, c.n).repeat_interleave(c.h // c.g, 1) for i in (0, 1))
+    dt = torch.nn.functional.softplus(a["dt"] + a["dt_bias"]).clamp(0.0, float("inf"))
+    state, ys = a["state"][..., : c.p], []
+    for t in range(c.t):
+        state = (dt[t] * a["a"]).exp()[:, None, None] * state + b[t][:, :, None] * (dt[t][:, None] * x[t])[:, None, :]
+        ys.append((state * cc[t][:, :, None]).sum(1) + a["d_skip"][:, None] * x[t])
+    return {"out": torch.stack(ys).reshape(c.t, di).numpy(), "state": state.numpy(), "conv_state": seq[-(c.k - 1) :].numpy()}
+
+
+def _call(c: Case, arrays: Arrays, out: np.ndarray):
+    s = _shape(c)
+    t = {k: as_tensor(v) for k, v in arrays.items()}
+    u = as_tensor(np.zeros((c.t, s.channels), np.float32))
+    dst = as_tensor(out)
+    names = ("conv_w", "conv_b", "conv_state", "a", "d_skip", "dt_bias", "state")
+    return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, **{n: t[n] for n in names})
+
+
+def _run(c: Case, arrays: Arrays) -> Arrays:
+    a = {k: v.copy() for k, v in arrays.items()}
+    out = np.full((c.t, c.h * c.p), np.nan, np.float32)
+    _call(c, a, out)()
+    return {"out": out, "state": a["state"][..., : c.p], "conv_state": a["conv_state"]}
+
+
+def _torch(c: Case, arrays: Arrays):
+    import torch
+
+    a = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    s, di = _shape(c), c.h * c.p
+    weight = a["conv_w"].T.unsqueeze(1).contiguous()
+
+    def step():
+        seq = torch.cat([a["conv_state"], a["xbc"]]).T.unsqueeze(0)
+        u = torch.nn.functional.silu(torch.nn.functional.conv1d(seq, weight, a["conv_b"], groups=s.channels))[0].T
+        dt = torch.nn.functional.softplus(a["dt"] + a["dt_bias"])
+        state, ys = a["state"][..., : c.p], []
+        for t in range(c.t):
+            x = u[t, :di].reshape(c.h, c.p)
+            b, cc = (u[t, di + i * c.g * c.n : di + (i + 1) * c.g * c.n].reshape(c.g, c.n).repeat_interleave(c.h // c.g, 0)
+                     for i in (0, 1))  # fmt: skip
+            state = (dt[t] * a["a"]).exp()[:, None, None] * state + b[:, :, None] * (dt[t][:, None] * x)[:, None, :]
+            ys.append((state * cc[:, :, None]).sum(1) + a["d_skip"][:, None] * x)
+        return torch.stack(ys)
+
+    return step
+
+
+register(
+    Op(
+        name="ssm",
+        cases=[
+            *cases("tiny", *({"t": t, "h": 4, "p": 16, "g": 2, "n": 8, "k": 4} for t in (1, 2, 3, 4, 5, 17))),
+            *cases("odd", {"t": 7, "h": 6, "p": 12, "g": 3, "n": 5, "k": 2}, {"t": 9, "h": 2, "p": 100, "g": 1, "n": 17, "k": 3},
+                   {"t": 1, "h": 3, "p": 33, "g": 3, "n": 24, "k": 4}, {"t": 130, "h": 8, "p": 20, "g": 2, "n": 16, "k": 4}),
+            *cases("real", {"t": 1, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4}, {"t": 128, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4}),
+        ],
+        inputs=_inputs,
+        reference=_reference,
+        run=_run,
+        prepare=lambda c, a: _call(c, {k: v.copy() for k, v in a.items()}, np.zeros((c.t, c.h * c.p), np.float32)),
+        torch_eager=_torch,
+        tolerance={"f32": 1e-5},
+        bytes=lambda c: 4 * (2 * c.h * c.n * c.p + c.t * (3 * _shape(c).channels + c.h * c.p)),
+        flops=lambda c: c.t * (6 * c.h * c.n * c.p + 2 * c.k * _shape(c).channels),
+        absent={"cuda": "issue 3: decode step", "triton": "issue 3: chunked scan for prefill"},
+    )
+)  # fmt: skip

@@ -1,0 +1,146 @@
+"""Static memory: every buffer of a model is taken here at load and never moves."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine import _C
+from engine.errors import InputError, MemoryPlanError, PlanError
+
+DTYPES: dict[str, tuple[int, type]] = {
+    "f32": (4, np.float32),
+    "bf16": (2, np.uint16),
+    "f16": (2, np.float16),
+    "i32": (4, np.int32),
+    "u64": (8, np.uint64),
+    "u8": (1, np.uint8),
+}
+_BY_NUMPY = {np.dtype(np_type): name for name, (_, np_type) in DTYPES.items()}
+PARTS = ("weights", "state", "kv", "workspace", "io")
+_SLAB = 1 << 20
+_ALIGN = 64
+_capturing = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A row-major buffer at a fixed address. `owner` keeps the memory alive."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: object
+    device: str = "cpu"
+    row_stride: int = 0  # elements between rows when the buffer is a column range of a wider one
+
+    @property
+    def ld(self) -> int:
+        """Elements from one row to the next."""
+        return self.row_stride or (self.shape[-1] if self.shape else 1)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0]
+
+    def numpy(self) -> np.ndarray:
+        """A view, not a copy; bf16 comes as uint16."""
+        size, np_type = DTYPES[self.dtype]
+        span = self.nbytes if self.ld == self.shape[-1] else ((self.shape[0] - 1) * self.ld + self.shape[-1]) * size
+        raw = (ctypes.c_uint8 * span).from_address(self.address)
+        raw.owner = self.owner  # type: ignore[attr-defined]  # the view keeps the memory alive
+        flat = np.frombuffer(raw, dtype=np_type)
+        if self.ld == self.shape[-1]:
+            return flat.reshape(self.shape)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, (self.ld * size, size))
+
+    def columns(self, start: int, count: int) -> Tensor:
+        """Columns [start, start+count) of a [rows, width] buffer."""
+        if start < 0 or start + count > self.shape[-1]:
+            raise InputError(f"columns [{start}, {start + count}) leave a buffer of width {self.shape[-1]}")
+        size = DTYPES[self.dtype][0]
+        shape = (*self.shape[:-1], count)
+        return Tensor(self.address + start * size, shape, self.dtype, self.owner, self.device, self.ld)
+
+    def slice(self, offset: int, shape: Sequence[int]) -> Tensor:
+        """A buffer `offset` elements further, of another shape, inside the same memory."""
+        size = DTYPES[self.dtype][0]
+        if offset < 0 or (offset + math.prod(shape)) * size > self.nbytes:
+            raise InputError(f"slice [{offset}, +{math.prod(shape)}) leaves a buffer of {math.prod(self.shape)} elements")
+        return Tensor(self.address + offset * size, tuple(shape), self.dtype, self.owner, self.device)
+
+
+def as_tensor(value: object) -> Tensor:
+    """A Tensor over numpy memory (or anything with DLPack on the CPU); contiguous or refused."""
+    if isinstance(value, Tensor):
+        return value
+    array = value if isinstance(value, np.ndarray) else np.from_dlpack(value)  # type: ignore[arg-type]
+    if not array.flags.c_contiguous:
+        raise InputError(f"an array of shape {array.shape} is not contiguous; pass numpy.ascontiguousarray(x)")
+    if array.dtype not in _BY_NUMPY:
+        raise InputError(f"dtype {array.dtype} is not supported; use one of {', '.join(DTYPES)}")
+    return Tensor(array.ctypes.data, array.shape, _BY_NUMPY[array.dtype], array)
+
+
+class Arena:
+    """Allocates named static buffers and knows what they are for.
+
+    Small buffers share slabs; each large one is mapped on its own, on huge pages where the kernel grants them. After
+    `seal()` nothing can be allocated: a step that tries breaks the rule of static plans and raises PlanError.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.sealed = False
+        self.allocations = 0
+        self.buffers: dict[str, tuple[str, Tensor]] = {}
+        self._slab: _C.Memory | None = None
+        self._used = 0
+
+    def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
+        if self.sealed or getattr(_capturing, "depth", 0):
+            raise PlanError(f"buffer {name!r} would be allocated inside a step; allocate it before capture")
+        if name in self.buffers:
+            raise PlanError(f"buffer {name!r} exists already")
+        if part not in PARTS:
+            raise PlanError(f"part {part!r} is not one of {', '.join(PARTS)}")
+        shape = tuple(int(s) for s in shape)
+        nbytes = math.prod(shape) * DTYPES[dtype][0]
+        try:
+            if nbytes >= _SLAB // 4:
+                memory, offset = _C.Memory(nbytes), 0
+            else:
+                if self._slab is None or self._used + nbytes > _SLAB:
+                    self._slab, self._used = _C.Memory(_SLAB), 0
+                memory, offset = self._slab, self._used
+                self._used += (nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
+        except MemoryError:
+            raise MemoryPlanError(f"buffer {name!r} needs {nbytes / 1e9:.2f} GB, which this machine does not have") from None
+        self.allocations += 1
+        tensor = Tensor(memory.address + offset, shape, dtype, memory, self.device)
+        self.buffers[name] = (part, tensor)
+        return tensor
+
+    def adopt(self, name: str, tensor: Tensor, part: str) -> Tensor:
+        """Lists memory that was made elsewhere (packed weights) in the plan."""
+        self.buffers[name] = (part, tensor)
+        return tensor
+
+    def seal(self) -> None:
+        self.sealed = True
+
+    def summary(self) -> dict[str, int]:
+        """Bytes by part."""
+        out = dict.fromkeys(PARTS, 0)
+        for part, tensor in self.buffers.values():
+            out[part] += tensor.nbytes
+        return out
+
+    def mutable(self) -> dict[str, Tensor]:
+        """Everything that a replay may change."""
+        return {name: tensor for name, (part, tensor) in self.buffers.items() if part != "weights"}

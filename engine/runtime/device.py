@@ -1,0 +1,73 @@
+"""What this host can run: instruction sets, threads, data types."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine import _C
+from engine.errors import DeviceError, InputError
+
+ISAS: tuple[str, ...] = tuple(_C.isa_names())
+
+_ALIASES = {
+    "fp32": "f32", "float32": "f32", "float": "f32", "f32": "f32",
+    "bf16": "bf16", "bfloat16": "bf16",
+    "fp16": "f16", "float16": "f16", "half": "f16", "f16": "f16",
+}  # fmt: skip
+
+
+def parse_dtype(value: object) -> str:
+    """'f32', 'bf16' or 'f16' from a torch dtype, its name, a numpy dtype, or an alias such as 'fp32'."""
+    name = str(value).removeprefix("torch.").lower()
+    if name not in _ALIASES:
+        raise InputError(f"dtype {value!r} is not known; use one of float32, bfloat16, float16 or fp32, bf16, fp16")
+    return _ALIASES[name]
+
+
+def _index(name: str) -> int:
+    if name not in ISAS:
+        raise DeviceError(f"instruction set {name!r} is not one of {', '.join(ISAS)}; set ENGINE_ISA to one of these")
+    missing = _C.isa_missing(ISAS.index(name))
+    if missing:
+        raise DeviceError(f"this CPU lacks {missing}, which instruction set {name!r} needs; unset ENGINE_ISA")
+    return ISAS.index(name)
+
+
+_isa = _index(os.environ["ENGINE_ISA"]) if os.environ.get("ENGINE_ISA") else _C.host_isa()
+
+
+def isa() -> int:
+    """Index into ISAS of the instruction set that ops run on."""
+    return _isa
+
+
+def isa_name() -> str:
+    return ISAS[_isa]
+
+
+def available_isas() -> list[str]:
+    return [name for i, name in enumerate(ISAS) if not _C.isa_missing(i)]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs ops on another instruction set; plans captured inside keep it."""
+    global _isa
+    before, _isa = _isa, _index(name)
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+def threads() -> int:
+    return _C.threads()
+
+
+def set_threads(n: int) -> None:
+    """Size of the kernel thread team (default: the cores this process may use; ENGINE_THREADS overrides)."""
+    if not 1 <= n <= 1024:
+        raise InputError(f"threads={n} is outside 1..1024")
+    _C.set_threads(n)

@@ -1,0 +1,164 @@
+"""One step = one static plan: recorded once, replayed in one call.
+
+On a CPU the plan is a tape of kernel entries that C++ walks with the GIL released; on CUDA the same recorded nodes are
+launched into a CUDA graph (engine/runtime/cuda.py). Whatever changes between replays lives in arena memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine import _C
+from engine.errors import PlanError
+from engine.runtime import arena as _arena
+from engine.runtime.arena import Arena
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """One recorded kernel: what it is, which implementation runs, and why faster ones do not."""
+
+    label: str
+    op: str
+    impl: str
+    rejected: tuple[tuple[str, str], ...] = ()
+    nbytes: int = 0
+
+
+@dataclass
+class Audit:
+    """What `Plan.audit` found; `problems` is empty for a static step."""
+
+    nodes: int
+    allocations: int
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class Plan:
+    """A recorded step. `replay()` is the only call per step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[NodeInfo] = []
+        self._tape = _C.Tape()
+        self._calls: list[tuple[int, int, dict]] = []
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.name!r}, {len(self)} nodes)"
+
+    def record(self, op: int, isa: int, info: NodeInfo, values: dict) -> None:
+        self._tape.push(op, isa, info.label, values)
+        self._calls.append((op, isa, values))
+        self.nodes.append(info)
+
+    def finish(self) -> Plan:
+        # Bound once: a replay then costs one attribute load and one call.
+        self.replay = self._tape.replay
+        return self
+
+    def replay(self) -> None:
+        """Runs the step once."""
+        self._tape.replay()
+
+    def eager(self) -> None:
+        """The same kernels with the same arguments, one call each: what `replay` must equal bit for bit."""
+        for op, isa, values in self._calls:
+            _C.run(op, isa, values)
+
+    def profile(self, repeats: int = 20) -> list[tuple[NodeInfo, float]]:
+        """Median microseconds per node over `repeats` replays (each replay advances the state it works on)."""
+        times = np.array([self._tape.replay_timed() for _ in range(repeats)])
+        return list(zip(self.nodes, (np.median(times, axis=0) / 1e3).tolist()))
+
+    def signature(self) -> list[tuple]:
+        """Op, ISA and bound arguments of every node: equal for two captures of a static step."""
+        return [self._tape.node(i) for i in range(len(self))]
+
+    def audit(self, arena: Arena, budget: int | None = None, replays: int = 16) -> Audit:
+        """Proves the step static: node budget, unchanged arguments, no allocation, replay equal to eager.
+
+        State buffers are restored afterwards.
+        """
+        result = Audit(len(self), 0)
+        if budget is not None and len(self) > budget:
+            result.problems.append(f"{len(self)} nodes, budget {budget}")
+        buffers = arena.mutable()
+        saved = {k: t.numpy().copy() for k, t in buffers.items()}
+
+        def restore() -> None:
+            for k, t in buffers.items():
+                t.numpy()[...] = saved[k]
+
+        before = self.signature()
+        self.replay()
+        replayed = {k: t.numpy().copy() for k, t in buffers.items()}
+        restore()
+        self.eager()
+        for k, t in buffers.items():
+            if not np.array_equal(t.numpy().reshape(-1).view(np.uint8), replayed[k].reshape(-1).view(np.uint8)):
+                result.problems.append(f"replay and eager differ in buffer {k!r}")
+        restore()
+        replayed.clear()
+        taken, heap = arena.allocations, _heap_in_use()
+        for _ in range(replays):
+            self.replay()
+        grown = _heap_in_use() - heap
+        result.allocations = arena.allocations - taken + (grown > 0)
+        if result.allocations:
+            result.problems.append(f"{grown} bytes of heap and {arena.allocations - taken} buffers taken in {replays} replays")
+        restore()
+        if self.signature() != before:
+            result.problems.append("arguments changed between replays")
+        return result
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_size_t) for n in
+                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def _heap_in_use() -> int:
+    try:
+        fn = ctypes.CDLL(None).mallinfo2
+    except AttributeError:  # not glibc >= 2.33
+        return 0
+    fn.restype = _MallInfo
+    info = fn()
+    return info.uordblks + info.hblkhd
+
+
+def current() -> Plan | None:
+    """The plan being captured on this thread."""
+    return getattr(_arena._capturing, "plan", None)
+
+
+@contextmanager
+def _recording(plan: Plan) -> Iterator[None]:
+    state = _arena._capturing
+    if getattr(state, "plan", None) is not None:
+        raise PlanError(f"plan {plan.name!r} is captured inside plan {state.plan.name!r}")
+    state.plan, state.depth = plan, 1
+    try:
+        yield
+    finally:
+        state.plan, state.depth = None, 0
+
+
+def capture(step: Callable[[], None], name: str = "step") -> Plan:
+    """Records every op that `step()` calls; nothing runs. Allocating inside `step` raises PlanError."""
+    plan = Plan(name)
+    with _recording(plan):
+        step()
+    return plan.finish()
