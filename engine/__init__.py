@@ -1,0 +1,69 @@
+"""Quintet: published models from their own checkpoints, each step one static plan.
+
+>>> import engine
+>>> m = engine.load("nemotron-tiny")
+>>> print(m.chat([{"role": "user", "content": "What is 47 + 85?"}]).message.content)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from engine import errors
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.runtime.model import Model
+
+__version__ = "0.1.0"
+__all__ = ["EngineError", "errors", "load"]
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: object = "auto",
+    quant: str | None = None,
+    strict: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Model:
+    """Loads a checkpoint and captures its plans.
+
+    Args:
+        name: zoo name ('nemotron-tiny'), folder in the published layout, or hub id.
+        device: 'auto' or 'cpu'. 'cuda' needs a build with ENGINE_CUDA and a driver.
+        dtype: 'auto' (as stored), or a torch dtype, its name, or fp32 / bf16.
+        quant: None, 'int8' or 'int4', made at load.
+        strict: raise DispatchError where an op would not run on the fastest implementation of this host.
+        revision, local_files_only, token, cache_dir: as in huggingface_hub.
+        options: of the model family, e.g. context=, chunk=, snapshots= (see its class).
+
+    Raises: ConfigError, CheckpointError, TokenizerError, InputError, DeviceError, MemoryPlanError; before any work.
+    """
+    from engine.io.files import read_json
+    from engine.io.hub import resolve
+    from engine.models import family
+
+    if device not in ("auto", "cpu"):
+        from engine.ops.dispatch import cuda_missing
+
+        if str(device).startswith("cuda"):
+            raise errors.DeviceError(f"device={device!r}: {cuda_missing()}; use device='cpu'")
+        raise errors.InputError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'")
+    folder = resolve(name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
+    path = folder / "config.json"
+    if not path.exists():
+        raise errors.ConfigError(f"{folder} has no config.json; give a folder in the published layout")
+    config = read_json(path, limit=16 << 20, error=errors.ConfigError)
+    if not isinstance(config, dict):
+        raise errors.ConfigError(f"{path} is not a JSON object")
+    for wrapper in ("llm_config", "text_config"):
+        if isinstance(config.get(wrapper), dict):
+            config = config[wrapper]
+    return family(str(config.get("model_type"))).load(folder, dtype=dtype, quant=quant, strict=strict, **options)

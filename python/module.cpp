@@ -7,11 +7,15 @@
 #include "base/isa.h"
 #include "base/memory.h"
 #include "base/tape.h"
+#include "fields.h"
 #include "ops/attention/attention.h"
 #include "ops/gemm/gemm.h"
 #include "ops/moe/moe.h"
-#include "ops/sample/sample.h"
 #include "ops/ops.h"
+#include "ops/sample/sample.h"
+#if defined(ENGINE_WITH_CUDA)
+#include "bind_cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace engine;
@@ -28,35 +32,15 @@ const char* kind_name(Kind k) {
   }
 }
 
-template <class T> void put(Node& node, const Field& f, T v) { std::memcpy(node.params + f.offset, &v, sizeof v); }
-
 Node make_node(int op, int isa, const std::string& label, const py::dict& values) {
-  if (op < 0 || op >= kOpCount) throw py::index_error("no such op");
+  binding::check_op(op);
   if (isa < 0 || isa >= kIsaCount) throw py::index_error("no such ISA");
   Node node;
   node.op = op;
   node.isa = isa;
   node.fn = kOps[op].cpu[isa];
   node.label = label;
-  py::ssize_t used = 0;
-  for (int i = 0; i < kOps[op].n_fields; ++i) {
-    const Field& f = kOps[op].fields[i];
-    PyObject* v = PyDict_GetItemString(values.ptr(), f.name);
-    if (!v) continue;
-    ++used;
-    switch (f.kind) {
-      case Kind::ptr: put(node, f, reinterpret_cast<void*>(py::cast<uintptr_t>(v))); break;
-      case Kind::i32: put(node, f, py::cast<int32_t>(v)); break;
-      case Kind::i64: put(node, f, py::cast<int64_t>(v)); break;
-      case Kind::u64: put(node, f, py::cast<uint64_t>(v)); break;
-      case Kind::f32: put(node, f, py::cast<float>(v)); break;
-    }
-  }
-  if (used != py::ssize_t(values.size())) {
-    std::string known;
-    for (int i = 0; i < kOps[op].n_fields; ++i) known += std::string(i ? ", " : "") + kOps[op].fields[i].name;
-    throw py::type_error(std::string(kOps[op].name) + " takes only: " + known);
-  }
+  binding::fill(node.params, op, values);
   return node;
 }
 
@@ -64,6 +48,19 @@ Node make_node(int op, int isa, const std::string& label, const py::dict& values
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels, thread pool and tape of the engine";
+
+#if defined(ENGINE_WITH_CUDA)
+  m.attr("cuda") = true;
+  binding::bind_cuda(m);
+#else
+  m.attr("cuda") = false;
+#endif
+  m.def("cuda_ops", [] {
+    std::vector<std::string> out;
+    for (int i = 0; i < kOpCount; ++i)
+      if (kOps[i].cuda) out.emplace_back(kOps[i].name);
+    return out;
+  }, "ops with a CUDA kernel in this build");
 
   m.def("isa_names", [] { return std::vector<std::string>{isa_name(0), isa_name(1), isa_name(2)}; });
   m.def("host_isa", &host_isa, "index of the widest instruction set that this host runs");

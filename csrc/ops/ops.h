@@ -1,4 +1,5 @@
-// The table of ops: name, parameter fields and one kernel per ISA. Adding an op is one line in ops.cpp.
+// The table of ops: name, parameter fields, one CPU kernel per ISA and the CUDA launcher where there is one.
+// Adding an op is one line in ops.cpp.
 #pragma once
 #include "base/isa.h"
 #include "base/params.h"
@@ -12,6 +13,7 @@ struct Op {
   int n_fields;
   size_t param_bytes;
   KernelFn cpu[kIsaCount];
+  void (*cuda)(const void* params, void* stream);  // nullptr: no kernel, or built without CUDA
 };
 
 extern const Op kOps[];

@@ -68,15 +68,20 @@ class PackedMatrix:
     def matrix_bytes(self) -> int:
         return self.panel_bytes * math.ceil(self.n / 16)
 
-    def fill(self, src: np.ndarray, row: int = 0, index: int = 0) -> None:
-        """Packs rows [row, row + len(src)) of matrix `index`; fill rows in ascending order."""
+    def fill(self, src: np.ndarray, row: int = 0, index: int = 0) -> bool:
+        """Packs rows [row, row + len(src)) of matrix `index`; fill rows in ascending order.
+
+        Returns True if the source holds NaN or infinity.
+        """
         dtype = {np.dtype(np.float32): "f32", np.dtype(np.uint16): "bf16", np.dtype(np.float16): "f16"}.get(src.dtype)
         if dtype is None or src.ndim != 2 or src.shape[1] != self.k or row + src.shape[0] > self.n:
             raise InputError(f"cannot pack {src.dtype}{list(src.shape)} at row {row} of a [{self.n}, {self.k}] matrix")
         src = np.ascontiguousarray(src)
+        bad = np.zeros(1, np.int32)
         call("gemm_pack", src=src.ctypes.data, lds=self.k, src_dtype=SRC[dtype],
              dst=self.data.address + index * self.matrix_bytes, n=src.shape[0], k=self.k, n0=row,
-             format=FORMATS[self.format], group=self.group)  # fmt: skip
+             format=FORMATS[self.format], group=self.group, bad=bad.ctypes.data)  # fmt: skip
+        return bool(bad[0])
 
     def unpack(self, index: int = 0) -> np.ndarray:
         """The weights that the kernels multiply with, f32 [n, k]."""

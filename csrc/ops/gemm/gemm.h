@@ -20,9 +20,10 @@ ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
 // gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.
 // Packed: panels of 16 output rows, K inside, 64-byte vectors of 16 rows x {1 f32 | 2 bf16 | 4 u8 | 8 u4} k values;
 // quantised panels end with their fp16 scales [k/group][16]. Same bytes on every ISA. k % group == 0 when quantised.
+// *bad is set to 1 when a source value is NaN or infinite.
 #define ENGINE_GEMM_PACK_PARAMS(F)                                                                     \
   F(const void*, src) F(int64_t, lds) F(int32_t, src_dtype) F(uint8_t*, dst) F(int64_t, n) F(int64_t, k) \
-  F(int64_t, n0) F(int32_t, format) F(int32_t, group)
+  F(int64_t, n0) F(int32_t, format) F(int32_t, group) F(int32_t*, bad)
 ENGINE_PARAMS(GemmPackParams, ENGINE_GEMM_PACK_PARAMS)
 
 // Bytes of one panel of 16 rows.

@@ -242,6 +242,46 @@ class ResponseStream:
             self._events.append(Event("reasoning" if kind == "reasoning" else "answer", kept))
 
 
+class StopScanner:
+    """The stop strings alone, for plain text: same interface as `ResponseStream`, white space untouched."""
+
+    def __init__(self, stop: Sequence[str] = ()):
+        self._stops = [stop] if isinstance(stop, str) else list(stop)
+        if len(self._stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in self._stops):
+            raise InputError(f"stop takes at most {MAX_STOPS} strings, none of them empty")
+        self._buffer = ""
+        self._text: list[str] = []
+        self.stopped = False
+
+    @property
+    def message(self) -> Message:
+        """The text so far."""
+        return Message("".join(self._text))
+
+    def push(self, text: str) -> list[Event]:
+        """Add text, get what is certainly not part of a stop string."""
+        if self.stopped:
+            return []
+        self._buffer += text
+        # As in ResponseStream: the string whose last character comes first wins, the longer one on a tie.
+        found = [(at + len(s), at) for s in self._stops if (at := self._buffer.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            return self._emit(min(found)[1])
+        return self._emit(len(self._buffer) - _partial(self._buffer, self._stops))
+
+    def flush(self) -> list[Event]:
+        """End of the text: what was held back."""
+        return [] if self.stopped else self._emit(len(self._buffer))
+
+    def _emit(self, size: int) -> list[Event]:
+        piece, self._buffer = self._buffer[:size], self._buffer[size:]
+        if not piece:
+            return []
+        self._text.append(piece)
+        return [Event("answer", piece)]
+
+
 def _partial(text: str, needles: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of the needles."""
     longest = 0

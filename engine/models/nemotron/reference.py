@@ -116,9 +116,9 @@ class Mamba2Mixer(nn.Module):
         window = torch.cat([past, xbc], 1)
         state.conv = window[:, steps:]
         w = self.conv1d.weight.float()
-        u = sum(window[:, k : k + steps].float() * w[:, 0, k] for k in range(taps))
-        if self.conv1d.bias is not None:
-            u = u + self.conv1d.bias.float()
+        u = torch.zeros(()) if self.conv1d.bias is None else self.conv1d.bias.float()
+        for k in range(taps):
+            u = u + window[:, k : k + steps].float() * w[:, 0, k]
         u = F.silu(u).to(x.dtype).float()
 
         bc_width = c.n_groups * c.ssm_state_size
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         c, steps = self.c, x.shape[1]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (proj(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for proj in projections)
-        if state.k is not None:
+        if state.k is not None and state.v is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         state.k, state.v = k, v
         repeat, total = c.num_attention_heads // c.num_key_value_heads, k.shape[2]
@@ -179,6 +179,8 @@ class MLP(nn.Module):
 
 class Router(nn.Module):
     """Sigmoid router, fp32 end to end: selects on score + bias, weighs by the score alone."""
+
+    e_score_correction_bias: Tensor
 
     def __init__(self, c: NemotronConfig):
         super().__init__()
@@ -290,7 +292,8 @@ class NemotronReference(nn.Module):
         A row that met a stop id repeats it until every row is done.
         """
         state, step = self.new_state(), ids if ids.ndim == 2 else ids[None]
-        stops, done, out = torch.tensor(stop, dtype=torch.long), torch.zeros(len(step), dtype=torch.bool), []
+        stops, done = torch.tensor(stop, dtype=torch.long), torch.zeros(len(step), dtype=torch.bool)
+        out: list[Tensor] = []
         for _ in range(max_new_tokens):
             token = self(step, state)[:, -1].argmax(-1)
             if out:

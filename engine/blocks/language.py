@@ -1,0 +1,418 @@
+"""Text generation over static plans: prompt in chunks, one replay per token, prefix reuse, typed results.
+
+A subclass owns the network: it captures the plans 'prefill', 'decode', 'head', 'draw' and 'score' over the buffers of
+`TokenIO` and lists its recurrent state. Everything else about generating text is here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.blocks.prefix import PrefixCache
+from engine.blocks.sampling import SamplingOptions
+from engine.errors import ContextError, InputError, TokenizerError
+from engine.io.text import ChatTemplate, Event, Message, ResponseStream, StopScanner, Tokenizer
+from engine.ops.sample import SamplerState
+from engine.runtime.arena import Arena, Tensor
+from engine.runtime.model import Model
+
+SNAPSHOT_EVERY = 4096  # tokens between snapshots inside a long prompt
+
+
+@dataclass(frozen=True)
+class TokenIO:
+    """What a step reads and writes: ids i32 [chunk], rows i32 [1] (tokens in this chunk), last i32 [1] (rows - 1),
+    logits f32 [V], score_logits f32 [score_chunk, V], and the sampler's memory (its `pos` is the cache length)."""
+
+    ids: Tensor
+    rows: Tensor
+    last: Tensor
+    logits: Tensor
+    score_logits: Tensor
+    sampler: SamplerState
+
+    @staticmethod
+    def empty(arena: Arena, vocab: int, chunk: int, score_chunk: int, context: int) -> TokenIO:
+        def io(name: str, shape: tuple[int, ...], dtype: str = "i32") -> Tensor:
+            return arena.alloc(name, shape, dtype, "io")
+
+        return TokenIO(io("ids", (chunk,)), io("rows", (1,)), io("last", (1,)), io("logits", (1, vocab), "f32"),
+                       io("score_logits", (score_chunk, vocab), "f32"), SamplerState.empty(arena, vocab, context))  # fmt: skip
+
+
+@dataclass
+class Timing:
+    """Seconds. `steps` has one entry per decoded token after the first."""
+
+    prefill: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.steps) / sum(self.steps) if self.steps else 0.0
+
+    def percentile(self, q: float) -> float:
+        """Milliseconds per token, q in [0, 100]."""
+        return float(np.percentile(self.steps, q)) * 1e3 if self.steps else 0.0
+
+
+@dataclass
+class Generation:
+    """Result of generate, chat and a finished stream."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # 'stop' | 'length' | 'cancelled'
+    prompt_tokens: int
+    reused_tokens: int
+    timing: Timing
+    message: Message
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Score:
+    """Log-probabilities (natural log, fp64) of tokens[1:], each given everything before it."""
+
+    tokens: list[int]
+    logprobs: np.ndarray
+
+    @property
+    def total(self) -> float:
+        return float(self.logprobs.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-float(self.logprobs.mean())) if len(self.logprobs) else 1.0
+
+
+class TextStream:
+    """Iterator of `Event`s (kind 'reasoning', 'answer' or 'tool_call'; str(event.text)). `result` after the end.
+
+    Closing it, or leaving the loop, stops within one step and frees the model.
+    """
+
+    def __init__(self, events: Iterator[Event]) -> None:
+        self._events = events
+        self.result: Generation | None = None
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def close(self) -> None:
+        self._events.close()  # type: ignore[attr-defined]
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LanguageModel(Model):
+    """Generation verbs of a causal language model with recurrent and KV state."""
+
+    def __init__(
+        self,
+        name: str,
+        arena: Arena,
+        io: TokenIO,
+        states: Sequence[Tensor],
+        *,
+        vocab_size: int,
+        context: int,
+        stop_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        snapshots: int,
+    ) -> None:
+        super().__init__(name, arena)
+        self.io, self.vocab_size, self.context = io, vocab_size, context
+        self.tokenizer, self.template = tokenizer, template
+        self.stop_ids = frozenset(stop_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        self.chunk = io.ids.shape[0]
+        self._cache = PrefixCache(arena, states, snapshots)
+        self.reused_tokens = 0
+
+    # ------------------------------------------------------------------------------------------ state
+    def _set(self, buffer: Tensor, value: int) -> None:
+        buffer.numpy()[0] = value
+
+    def _prefill(self, tokens: list[int], boundaries: Sequence[int] = (), plan: str = "prefill", chunk: int | None = None) -> None:
+        """Runs tokens[len(live):] through the network in chunks; snapshots at the given lengths."""
+        cache, io, run = self._cache, self.io, self.plans[plan].replay
+        assert cache.live is not None
+        start, limit = len(cache.live), chunk or self.chunk
+        ids = io.ids.numpy()
+        cuts = sorted({b for b in boundaries if start < b < len(tokens)} | set(range(0, len(tokens), SNAPSHOT_EVERY)) - {0})
+        at, live = start, cache.live
+        cache.live = None  # unknown until the last chunk is through
+        while at < len(tokens):
+            stop = min([at + limit, len(tokens), *(c for c in cuts if c > at)])
+            n = stop - at
+            ids[:n] = tokens[at:stop]
+            self._set(io.rows, n)
+            self._set(io.last, n - 1)
+            self._set(io.sampler.pos, at)
+            run()
+            at = stop
+            if at in cuts:
+                cache.live = tokens[:at]
+                cache.snapshot()
+                cache.live = None
+        cache.live = live + tokens[start:]
+
+    def _start(self, tokens: list[int], options: SamplingOptions, boundaries: Sequence[int]) -> int:
+        """Prompt to first token: returns how many prompt tokens came from the cache."""
+        reused = self._cache.rewind(tokens)
+        self._prefill(tokens, boundaries)
+        s = self.io.sampler
+        options.write(s)
+        s.seen.numpy()[:] = 0
+        s.seen.numpy()[tokens] = 1
+        self._set(s.step, 0)
+        self._set(s.pos, len(tokens) - 1)  # the draw advances it: the drawn token is not cached yet
+        self.plans["head"].replay()
+        self.plans["draw"].replay()
+        self.reused_tokens = reused
+        return reused
+
+    # ------------------------------------------------------------------------------------------ checks
+    def tokenize(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise TokenizerError(f"model {self.name!r} has no tokenizer.json; pass token ids, or add the file to its folder")
+        return self.tokenizer.encode(text)
+
+    def _prompt(self, prompt: str | Sequence[int], room: int = 1) -> list[int]:
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in np.asarray(prompt).reshape(-1)]
+        if not tokens:
+            raise InputError("the prompt is empty; give at least one token")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary [0, {self.vocab_size})")
+        if len(tokens) + room > self.context:
+            raise ContextError(
+                f"the prompt has {len(tokens)} tokens and the context is {self.context}; "
+                f"shorten it or load with context={len(tokens) + room} or more"
+            )
+        return tokens
+
+    def _budget(self, max_new_tokens: int | None, prompt: int) -> int:
+        room = self.context - prompt
+        if max_new_tokens is None:
+            return room
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens!r} is not a positive integer")
+        if max_new_tokens > room:
+            raise ContextError(
+                f"{prompt} prompt tokens and max_new_tokens={max_new_tokens} exceed the context of {self.context}; "
+                "ask for fewer or load with a larger context="
+            )
+        return max_new_tokens
+
+    # ------------------------------------------------------------------------------------------ verbs
+    def _tokens(
+        self, prompt: list[int], budget: int, options: SamplingOptions, boundaries: Sequence[int], timing: Timing,
+        ignore_eos: bool, force: tuple[int, list[int]] | None,
+    ) -> Iterator[int]:  # fmt: skip
+        """Token ids, one per step. `force` = (step, ids): from that step on the drawn ids are replaced by these,
+        unless the first of them was drawn before. Keeps the cache's record right however it is left."""
+        s, replay, clock = self.io.sampler, self.plans["decode"].replay, time.perf_counter
+        token, step = s.token.numpy(), s.step.numpy()
+        history, seen = s.history.numpy(), s.seen.numpy()
+        t0 = clock()
+        self._start(prompt, options, boundaries)
+        timing.prefill = clock() - t0
+        forced: list[int] = []
+        try:
+            for n in range(budget):
+                if n:
+                    t0 = clock()
+                    replay()
+                    timing.steps.append(clock() - t0)
+                if force is not None:
+                    if int(token[0]) == force[1][0]:
+                        force = None
+                    elif n >= force[0]:
+                        forced, force = list(force[1]), None
+                if forced:
+                    token[0] = forced.pop(0)
+                    history[n] = token[0]
+                    seen[token[0]] = 1
+                drawn = int(token[0])
+                yield drawn
+                if drawn in self.stop_ids and not ignore_eos:
+                    break
+        finally:
+            # Device memory is the record: it and the recurrent state advance in the same replay.
+            cached = int(s.pos.numpy()[0])
+            drawn_ids = history[: int(step[0])].tolist()
+            self._cache.live = (prompt + drawn_ids)[:cached]
+            self._cache.snapshot()
+
+    def _events(
+        self, stream: TextStream, prompt: list[int], budget: int, options: SamplingOptions, boundaries: Sequence[int],
+        parser: ResponseStream | StopScanner, ignore_eos: bool, force: tuple[int, list[int]] | None,
+    ) -> Iterator[Event]:  # fmt: skip
+        if self.tokenizer is None:
+            raise TokenizerError(f"model {self.name!r} has no tokenizer.json; generate() with token ids returns ids only")
+        with self._use():
+            timing, tokens = Timing(), []
+            decoder = self.tokenizer.stream()
+            reason = "length"
+            ids = self._tokens(prompt, budget, options, boundaries, timing, ignore_eos, force)
+            finished = False
+            try:
+                for token in ids:
+                    tokens.append(token)
+                    if token in self.stop_ids and not ignore_eos:
+                        reason = "stop"
+                        break
+                    yield from parser.push(decoder.push(token))
+                    if parser.stopped:
+                        reason = "stop"
+                        break
+                yield from parser.push(decoder.flush())
+                yield from parser.flush()
+                finished = True
+            finally:
+                ids.close()
+                message = parser.message
+                stream.result = Generation(message.content, tokens, reason if finished else "cancelled", len(prompt),
+                                           self.reused_tokens, timing, message)  # fmt: skip
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | list[dict],
+        *,
+        tools: list[dict] | None = None,
+        thinking: bool = True,
+        thinking_budget: int | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        **sampling: float,
+    ) -> TextStream:
+        """Events as they come: of a chat when `prompt` is a list of messages, else of a plain continuation.
+
+        thinking_budget: after that many tokens of reasoning the model is made to close it. sampling: fields of
+        SamplingOptions (temperature, top_k, top_p, min_p, repetition_penalty, seed).
+        Raises: InputError, ContextError, TokenizerError before any work; BusyError on the first event.
+        """
+        options = self._options(stop, sampling)
+        boundaries: list[int] = []
+        force = None
+        parser: ResponseStream | StopScanner = StopScanner(options.stop)
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
+            tokens, boundaries = self._render(list(prompt), tools, thinking)
+            parser = ResponseStream(thinking, list(options.stop), tools=tools)
+            if thinking_budget is not None:
+                if isinstance(thinking_budget, bool) or not isinstance(thinking_budget, int) or thinking_budget < 0:
+                    raise InputError(f"thinking_budget={thinking_budget!r} is not a non-negative integer")
+                force = (thinking_budget, self.tokenize(parser.tags.think_close)) if thinking else None
+        else:
+            if tools or thinking_budget is not None:
+                raise InputError("tools and thinking_budget need a list of messages as the prompt")
+            tokens = self._prompt(prompt)  # type: ignore[arg-type]
+        budget = self._budget(max_new_tokens, len(tokens))
+        out = TextStream(iter(()))
+        out._events = self._events(out, tokens, budget, options, boundaries, parser, ignore_eos, force)
+        return out
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None, stop: str | Sequence[str] = (),
+        ignore_eos: bool = False, **sampling: float,
+    ) -> Generation:  # fmt: skip
+        """Continues a text or a list of token ids. Greedy unless temperature is given. See `stream`."""
+        if self.tokenizer is None and not isinstance(prompt, str):
+            return self._generate_ids(prompt, max_new_tokens, self._options(stop, sampling), ignore_eos)
+        stream = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)
+        for _ in stream:
+            pass
+        assert stream.result is not None
+        return stream.result
+
+    def _generate_ids(self, prompt: Sequence[int], max_new: int | None, options: SamplingOptions, ignore_eos: bool) -> Generation:
+        tokens = self._prompt(prompt)
+        budget, timing = self._budget(max_new, len(tokens)), Timing()
+        with self._use():
+            ids = list(self._tokens(tokens, budget, options, (), timing, ignore_eos, None))
+        reason = "stop" if ids[-1] in self.stop_ids and not ignore_eos else "length"
+        return Generation("", ids, reason, len(tokens), self.reused_tokens, timing, Message(""))
+
+    def chat(self, messages: list[dict], **kwargs: object) -> Generation:
+        """One assistant turn: `.message.content`, `.message.reasoning`, `.message.tool_calls`. Arguments as `stream`."""
+        if not isinstance(messages, (list, tuple)) or not messages or not isinstance(messages[0], dict):
+            raise InputError("chat takes a non-empty list of messages such as {'role': 'user', 'content': 'Hi'}")
+        stream = self.stream(list(messages), **kwargs)  # type: ignore[arg-type]
+        for _ in stream:
+            pass
+        assert stream.result is not None
+        return stream.result
+
+    def logits(self, ids: str | Sequence[int]) -> np.ndarray:
+        """Logits [T, V] fp32 of a whole text from an empty state; row t predicts token t+1."""
+        tokens = self._prompt(ids, room=0)
+        with self._use():
+            out = np.empty((len(tokens), self.vocab_size), np.float32)
+            for at, block in self._score_blocks(tokens):
+                out[at : at + len(block)] = block
+        return out
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """Log-probability of every token of a text given those before it."""
+        tokens = self._prompt(text, room=0)
+        out = np.empty(max(len(tokens) - 1, 0))
+        with self._use():
+            for at, block in self._score_blocks(tokens):
+                n = min(len(block), len(tokens) - 1 - at)
+                rows = block[:n].astype(np.float64)
+                peak = rows.max(1, keepdims=True) if n else 0
+                norm = np.log(np.exp(rows - peak).sum(1)) + (peak[:, 0] if n else 0)
+                out[at : at + n] = rows[np.arange(n), tokens[at + 1 : at + 1 + n]] - norm
+        return Score(tokens, out)
+
+    def _score_blocks(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        step = self.io.score_logits.shape[0]
+        self._cache.clear()  # from scratch, whatever is cached
+        view = self.io.score_logits.numpy()
+        for at in range(0, len(tokens), step):
+            self._prefill(tokens[: at + step])
+            self.plans["score"].replay()
+            yield at, view[: min(step, len(tokens) - at)]
+
+    def warmup(self) -> None:
+        """Runs every plan once on an empty state."""
+        with self._use():
+            self._cache.clear()
+            self._start([0], SamplingOptions(), ())
+            self.plans["decode"].replay()
+            self._cache.clear()
+
+    # ------------------------------------------------------------------------------------------ chat
+    def _options(self, stop: str | Sequence[str], sampling: dict) -> SamplingOptions:
+        known = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        for key in sampling:
+            if key not in known:
+                raise InputError(f"unknown argument {key!r}; sampling takes {', '.join(known)}")
+        return SamplingOptions(stop=(stop,) if isinstance(stop, str) else tuple(stop), **sampling)  # type: ignore[arg-type]
+
+    def _render(self, messages: list[dict], tools: list[dict] | None, thinking: bool) -> tuple[list[int], list[int]]:
+        """Prompt tokens, and where to snapshot: before the generation prompt, which later turns rewrite."""
+        if self.template is None:
+            raise TokenizerError(f"model {self.name!r} has no chat template; add chat_template.jinja, or use generate()")
+        text = self.template.render(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking)
+        tokens = self._prompt(text)
+        history = self.tokenize(self.template.render(messages, tools=tools, add_generation_prompt=False, enable_thinking=thinking))
+        boundary = next((i for i, (a, b) in enumerate(zip(history, tokens)) if a != b), min(len(history), len(tokens)))
+        return tokens, [boundary]

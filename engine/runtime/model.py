@@ -1,0 +1,109 @@
+"""What every model offers besides its own verbs: explain, memory, profile, warmup, close, one caller at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from engine.errors import BusyError, ClosedError
+from engine.runtime import device
+from engine.runtime.arena import Arena
+from engine.runtime.plan import NodeInfo, Plan
+
+
+@dataclass
+class Explanation:
+    """Which implementation runs each node, how weights are stored and why, and what was left out."""
+
+    device: str
+    plans: dict[str, list[NodeInfo]]
+    weights: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        out = [f"runs on {self.device}"]
+        for name, nodes in self.plans.items():
+            out.append(f"plan {name}: {len(nodes)} nodes")
+            groups: dict[tuple, list[str]] = {}
+            for n in nodes:
+                groups.setdefault((n.op, n.impl, n.rejected), []).append(n.label)
+            for (op, impl, rejected), labels in groups.items():
+                why = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+                out.append(f"  {op:<11} {impl:<11} x{len(labels):<4} (not {why})" if why else f"  {op:<11} {impl:<11} x{len(labels)}")
+        out.append("weights:")
+        out += [f"  {name:<32} {how}" for name, how in self.weights.items()]
+        return "\n".join(out + self.notes)
+
+
+@dataclass
+class MemoryReport:
+    """Bytes by part (weights, state, kv, workspace, io), all taken at load."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        rows = [f"{name:<10} {size / 1e6:12.2f} MB" for name, size in (*self.parts.items(), ("total", self.total))]
+        return "\n".join(rows)
+
+
+class Model:
+    """Base of every model: owns an arena and named plans."""
+
+    def __init__(self, name: str, arena: Arena) -> None:
+        self.name = name
+        self.arena = arena
+        self.plans: dict[str, Plan] = {}
+        self.weight_notes: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.closed = False
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<{type(self).__name__} {self.name!r} closed>"
+        plans = ", ".join(f"{n} {len(p)} nodes" for n, p in self.plans.items())
+        return f"<{type(self).__name__} {self.name!r} on {self.device_name}, {self.memory().total / 1e6:.1f} MB, plans: {plans}>"
+
+    @property
+    def device_name(self) -> str:
+        return f"cpu/{device.isa_name()} x{device.threads()}"
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """One caller at a time: a model has one state."""
+        if self.closed:
+            raise ClosedError(f"model {self.name!r} is closed; load it again")
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(f"model {self.name!r} is generating for another caller; wait for it, close its stream, or load a second model")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def explain(self) -> Explanation:
+        return Explanation(self.device_name, {n: p.nodes for n, p in self.plans.items()}, self.weight_notes, self.notes)
+
+    def memory(self) -> MemoryReport:
+        return MemoryReport(self.arena.summary())
+
+    def warmup(self) -> None:
+        """Touches every page that a step uses."""
+
+    def close(self) -> None:
+        """Frees plans and memory; later calls raise ClosedError. Closing twice is fine."""
+        with self._lock:
+            self.closed = True
+            self.plans = {}
+            self.arena = Arena()
