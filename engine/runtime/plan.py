@@ -16,6 +16,7 @@ import numpy as np
 from engine import _C
 from engine.errors import PlanError
 from engine.runtime import arena as _arena
+from engine.runtime import cuda, device
 from engine.runtime.arena import Arena
 
 
@@ -46,10 +47,11 @@ class Audit:
 class Plan:
     """A recorded step. `replay()` is the only call per step."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, target: str = "cpu") -> None:
         self.name = name
+        self.device = target
         self.nodes: list[NodeInfo] = []
-        self._tape = _C.Tape()
+        self._tape = _C.Tape() if target == "cpu" else cuda.tape(target)
         self._calls: list[tuple[int, int, dict]] = []
 
     def __len__(self) -> int:
@@ -64,6 +66,8 @@ class Plan:
         self.nodes.append(info)
 
     def finish(self) -> Plan:
+        if self.device != "cpu":
+            self._tape.capture()
         # Bound once: a replay then costs one attribute load and one call.
         self.replay = self._tape.replay
         return self
@@ -75,7 +79,10 @@ class Plan:
     def eager(self) -> None:
         """The same kernels with the same arguments, one call each: what `replay` must equal bit for bit."""
         for op, isa, values in self._calls:
-            _C.run(op, isa, values)
+            if self.device == "cpu":
+                _C.run(op, isa, values)
+            else:
+                cuda.run(op, values, self.device)
 
     def profile(self, repeats: int = 20) -> list[tuple[NodeInfo, float]]:
         """Median microseconds per node over `repeats` replays (each replay advances the state it works on)."""
@@ -95,22 +102,24 @@ class Plan:
         if budget is not None and len(self) > budget:
             result.problems.append(f"{len(self)} nodes, budget {budget}")
         buffers = arena.mutable()
-        saved = {k: t.numpy().copy() for k, t in buffers.items()}
+        saved = {k: t.read() for k, t in buffers.items()}
 
         def restore() -> None:
             for k, t in buffers.items():
-                t.numpy()[...] = saved[k]
+                t.write(saved[k])
 
         before = self.signature()
         self.replay()
-        replayed = {k: t.numpy().copy() for k, t in buffers.items()}
+        replayed = {k: t.read() for k, t in buffers.items()}
         restore()
         self.eager()
         for k, t in buffers.items():
-            if not np.array_equal(t.numpy().reshape(-1).view(np.uint8), replayed[k].reshape(-1).view(np.uint8)):
+            if not np.array_equal(t.read().reshape(-1).view(np.uint8), replayed[k].reshape(-1).view(np.uint8)):
                 result.problems.append(f"replay and eager differ in buffer {k!r}")
         restore()
         replayed.clear()
+        self.replay()
+        _heap_in_use()  # the first call allocates for itself
         taken, heap = arena.allocations, _heap_in_use()
         for _ in range(replays):
             self.replay()
@@ -129,13 +138,15 @@ class _MallInfo(ctypes.Structure):
                 ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
 
 
+_mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)  # glibc >= 2.33
+if _mallinfo is not None:
+    _mallinfo.restype = _MallInfo
+
+
 def _heap_in_use() -> int:
-    try:
-        fn = ctypes.CDLL(None).mallinfo2
-    except AttributeError:  # not glibc >= 2.33
+    if _mallinfo is None:
         return 0
-    fn.restype = _MallInfo
-    info = fn()
+    info = _mallinfo()
     return info.uordblks + info.hblkhd
 
 
@@ -157,8 +168,11 @@ def _recording(plan: Plan) -> Iterator[None]:
 
 
 def capture(step: Callable[[], None], name: str = "step") -> Plan:
-    """Records every op that `step()` calls; nothing runs. Allocating inside `step` raises PlanError."""
-    plan = Plan(name)
+    """Records every op that `step()` calls; nothing runs. Allocating inside `step` raises PlanError.
+
+    The plan belongs to the device of `device.on(...)`: a tape on a CPU, a CUDA graph on CUDA.
+    """
+    plan = Plan(name, device.target())
     with _recording(plan):
         step()
     return plan.finish()

@@ -83,8 +83,10 @@ def mapped(source: Source) -> MappedSource:
     return MappedSource(source, RULES, STACKS)
 
 
-def tensor_shapes(c: NemotronConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model and its shape (specs: section 2.6)."""
+def tensor_shapes(c: NemotronConfig, expert_bias: bool | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape. Routed experts have biases or not (default: as mlp_bias says);
+    transformers leaves them out even when mlp_bias is set, the published remote code does not."""
+    expert_bias = c.mlp_bias if expert_bias is None else expert_bias
     d, out = c.hidden_size, {"embeddings.weight": (c.vocab_size, c.hidden_size), "norm_f.weight": (c.hidden_size,)}
     if not c.tie_word_embeddings:
         out["lm_head.weight"] = (c.vocab_size, d)
@@ -117,8 +119,8 @@ def tensor_shapes(c: NemotronConfig) -> dict[str, tuple[int, ...]]:
             out[f"{m}.gate.weight"] = (c.n_routed_experts, d)
             out[f"{m}.gate.e_score_correction_bias"] = (c.n_routed_experts,)
             for e in range(c.n_routed_experts):
-                linear(f"{m}.experts.{e}.up_proj", c.moe_intermediate_size, d, c.mlp_bias)
-                linear(f"{m}.experts.{e}.down_proj", d, c.moe_intermediate_size, c.mlp_bias)
+                linear(f"{m}.experts.{e}.up_proj", c.moe_intermediate_size, d, expert_bias)
+                linear(f"{m}.experts.{e}.down_proj", d, c.moe_intermediate_size, expert_bias)
             if c.shared_width:
                 linear(f"{m}.shared_experts.up_proj", c.shared_width, d, c.mlp_bias)
                 linear(f"{m}.shared_experts.down_proj", d, c.shared_width, c.mlp_bias)
@@ -168,6 +170,7 @@ class Loader:
 
     def __init__(self, c: NemotronConfig, source: MappedSource, arena: Arena, recipe: Recipe, progress: bool) -> None:
         self.c, self.source, self.arena, self.recipe = c, source, arena, recipe
+        self.expert_bias = _has_expert_bias(c, source)
         self.bar = tqdm(total=len(c.pattern) + 2, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False)
 
     def vector(self, name: str, shape: tuple[int, ...] | None = None, fn=None) -> Tensor:
@@ -245,7 +248,7 @@ class Loader:
         def stack(which: str, k: int) -> tuple[PackedMatrix, Tensor | None]:
             names = [f"{m}.experts.{e}.{which}_proj" for e in range(n)]
             packed = self.matrix(f"{m}.experts.{which}", [f"{x}.weight" for x in names], self.recipe.format("experts", k), n)
-            return packed, self.stacked(f"{m}.experts.{which}.bias", [f"{x}.bias" for x in names], c.mlp_bias)
+            return packed, self.stacked(f"{m}.experts.{which}.bias", [f"{x}.bias" for x in names], self.expert_bias)
 
         def shared(which: str, k: int) -> tuple[PackedMatrix | None, Tensor | None]:
             if not c.shared_width:
@@ -306,6 +309,13 @@ class Loader:
         return Weights(embed, layers, norm_f, lm_head, self.recipe.notes, self.source.skipped)
 
 
+def _has_expert_bias(c: NemotronConfig, source: MappedSource) -> bool:
+    """Decided by the first routed expert; `expect` then holds all of them to it."""
+    if not c.mlp_bias or "E" not in c.pattern:
+        return False
+    return f"layers.{c.pattern.index('E')}.mixer.experts.0.up_proj.bias" in set(source.keys())
+
+
 def load_weights(
     c: NemotronConfig, source: Source, arena: Arena, dtype: str, quant: str | None, progress: bool = True
 ) -> Weights:
@@ -316,5 +326,5 @@ def load_weights(
     recipe = Recipe(c, dtype, quant)
     view = mapped(source)
     ignore = ["lm_head.weight"] if c.tie_word_embeddings else []
-    expect(view, tensor_shapes(c), ignore=ignore)
+    expect(view, tensor_shapes(c, _has_expert_bias(c, view)), ignore=ignore)
     return Loader(c, view, arena, recipe, progress).load()
