@@ -46,24 +46,16 @@ def load(
 
     Raises: ConfigError, CheckpointError, TokenizerError, InputError, DeviceError, MemoryPlanError; before any work.
     """
-    from engine.io.files import read_json
     from engine.io.hub import resolve
-    from engine.models import family
+    from engine.models import family_of
 
     if device not in ("auto", "cpu"):
-        from engine.ops.dispatch import cuda_missing
+        from engine.runtime import cuda
 
-        if str(device).startswith("cuda"):
-            raise errors.DeviceError(f"device={device!r}: {cuda_missing()}; use device='cpu'")
+        if cuda.is_cuda(str(device)):
+            cuda.ordinal(str(device))
+            raise errors.DeviceError(f"device={device!r}: this model's ops have no CUDA kernels yet; use device='cpu'")
         raise errors.InputError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'")
     folder = resolve(name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-    path = folder / "config.json"
-    if not path.exists():
-        raise errors.ConfigError(f"{folder} has no config.json; give a folder in the published layout")
-    config = read_json(path, limit=16 << 20, error=errors.ConfigError)
-    if not isinstance(config, dict):
-        raise errors.ConfigError(f"{path} is not a JSON object")
-    for wrapper in ("llm_config", "text_config"):
-        if isinstance(config.get(wrapper), dict):
-            config = config[wrapper]
-    return family(str(config.get("model_type"))).load(folder, dtype=dtype, quant=quant, strict=strict, **options)
+    _, model_class = family_of(folder)
+    return model_class.load(folder, dtype=dtype, quant=quant, strict=strict, **options)

@@ -40,14 +40,15 @@ void bind_cuda(py::module_& m) {
   py::class_<CudaTape>(m, "CudaTape")
       .def(py::init<int>(), py::arg("device"))
       .def("__len__", &CudaTape::size)
-      .def("push", [](CudaTape& t, int op, int /*isa*/, const std::string& label, const py::dict& v) {
-        t.push(make_node(op, label, v));
-      })
-      .def("node", [](const CudaTape& t, size_t i) {
-        if (i >= t.size()) throw py::index_error("node");
-        const cuda::CudaNode& n = t.node(i);
-        return py::make_tuple(n.op, -1, n.label, py::bytes(reinterpret_cast<const char*>(n.params), kMaxParamBytes));
-      })
+      .def("push", [](CudaTape& t, int op, int /*isa*/, const std::string& label,
+                      const py::dict& v) { t.push(make_node(op, label, v)); })
+      .def("node",
+           [](const CudaTape& t, size_t i) {
+             if (i >= t.size()) throw py::index_error("node");
+             const cuda::CudaNode& n = t.node(i);
+             return py::make_tuple(n.op, -1, n.label,
+                                   py::bytes(reinterpret_cast<const char*>(n.params), kMaxParamBytes));
+           })
       .def_property_readonly("graph_nodes", &CudaTape::graph_nodes)
       .def("capture", &CudaTape::capture, nogil)
       .def("launch", &CudaTape::launch, nogil)

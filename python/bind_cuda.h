@@ -2,6 +2,4 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-namespace engine::binding {
-void bind_cuda(pybind11::module_& m);
-}  // namespace engine::binding
+namespace engine::binding { void bind_cuda(pybind11::module_& m); }  // namespace engine::binding

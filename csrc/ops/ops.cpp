@@ -14,6 +14,7 @@
   X(gather, GatherParams, cpu_only)       \
   X(gemm, GemmParams, cpu_only)           \
   X(gemm_pack, GemmPackParams, cpu_only)  \
+  X(gemm_peak, GemmPeakParams, cpu_only)  \
   X(moe_down, MoeDownParams, cpu_only)    \
   X(moe_route, MoeRouteParams, cpu_only)  \
   X(moe_up, MoeUpParams, cpu_only)        \

@@ -69,9 +69,9 @@ def attention(
         raise InputError(f"attention {label!r}: q {q.shape}, k {k.shape}, v {v.shape}, out {out.shape} do not fit")
     if heads % cache.kv_heads:
         raise InputError(f"attention {label!r}: {heads} heads are not a multiple of {cache.kv_heads} kv heads")
-    call("attention", label, nbytes=0, q=q.address, k=k.address, v=v.address, ldq=q.ld, ldkv=k.ld,
-         k_cache=cache.k.address, v_cache=cache.v.address, format=FORMATS[cache.format], ctx=cache.ctx,
-         pos=pos.address, out=out.address, ldo=out.ld, ws=ws.address, rows=rows.address if rows else 0, m=t,
+    call("attention", label, nbytes=0, q=q, k=k, v=v, ldq=q.ld, ldkv=k.ld,
+         k_cache=cache.k, v_cache=cache.v, format=FORMATS[cache.format], ctx=cache.ctx,
+         pos=pos, out=out, ldo=out.ld, ws=ws, rows=rows, m=t,
          heads=heads, kv_heads=cache.kv_heads, d=d, scale=scale if scale is not None else d**-0.5)  # fmt: skip
 
 

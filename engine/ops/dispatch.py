@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from engine import _C
 from engine.errors import DispatchError
-from engine.runtime import device, plan
+from engine.runtime import cuda, device, plan
+from engine.runtime.arena import Tensor
 
 _OPS: dict[str, int] = {name: i for i, (name, _) in enumerate(_C.ops())}
 _strict = False
@@ -35,22 +36,36 @@ def rejected(isa: int) -> tuple[tuple[str, str], ...]:
 
 def cuda_missing() -> str:
     """Why CUDA kernels do not run here."""
-    if not getattr(_C, "cuda", False):
-        return "built without CUDA"
-    return "no CUDA device on this host"
+    return cuda.missing() or "the model was loaded on the CPU"
 
 
-def call(op: str, label: str = "", nbytes: int = 0, **values: object) -> None:
-    """Runs op now, or records it when a plan is being captured. Values are addresses and numbers."""
+def call(op: str, label: str = "", nbytes: int = 0, **arguments: Tensor | float | None) -> None:
+    """Runs op now, or records it when a plan is being captured (which then keeps the buffers alive)."""
+    values = {k: v.address if isinstance(v, Tensor) else 0 if v is None else v for k, v in arguments.items()}
+    recording = plan.current()
+    if recording is not None:
+        recording.keep(v.owner for v in arguments.values() if isinstance(v, Tensor))
+    if device.target() != "cpu":
+        _call_cuda(op, label, nbytes, values)
+        return
     isa = device.isa()
     if _strict and isa != _C.host_isa():
         raise DispatchError(
             f"op {op!r} would run on cpu/{device.ISAS[isa]}, but this CPU has {device.ISAS[_C.host_isa()]}; "
             "unset ENGINE_ISA or load with strict=False"
         )
-    recording = plan.current()
     if recording is None:
         _C.run(_OPS[op], isa, values)
         return
     info = plan.NodeInfo(label or op, op, f"cpu/{device.ISAS[isa]}", rejected(isa), nbytes)
     recording.record(_OPS[op], isa, info, values)
+
+
+def _call_cuda(op: str, label: str, nbytes: int, values: dict) -> None:
+    if op not in cuda.OPS:
+        raise DispatchError(f"op {op!r} has no CUDA kernel in this build; run it on device='cpu'")
+    recording = plan.current()
+    if recording is None:
+        cuda.run(_OPS[op], values, device.target())
+        return
+    recording.record(_OPS[op], -1, plan.NodeInfo(label or op, op, "cuda", (), nbytes), values)

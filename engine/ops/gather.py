@@ -15,8 +15,8 @@ def gather(table: Tensor, ids: Tensor, out: Tensor, *, rows: Tensor | None = Non
     """out[t,:] = table[ids[t],:]; table [V,D] f32 or bf16, ids i32 [T], out [T,D] f32. An id outside [0,V) gives zeros."""
     if table.shape[1] != out.shape[1] or ids.shape[0] < out.shape[0]:
         raise InputError(f"gather {label!r}: table {table.shape}, ids {ids.shape}, out {out.shape} do not fit")
-    call("gather", label, nbytes=out.nbytes, table=table.address, table_dtype=SRC[table.dtype], vocab=table.shape[0],
-         d=table.shape[1], ids=ids.address, out=out.address, ldo=out.ld, rows=rows.address if rows else 0,
+    call("gather", label, nbytes=out.nbytes, table=table, table_dtype=SRC[table.dtype], vocab=table.shape[0],
+         d=table.shape[1], ids=ids, out=out, ldo=out.ld, rows=rows,
          m=out.shape[0])  # fmt: skip
 
 

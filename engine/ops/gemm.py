@@ -147,10 +147,10 @@ def gemm(
     if ws is None and m * k * 8 > 65536:
         raise InputError(f"gemm {label!r}: M*K = {m * k} needs ws of workspace_bytes(M, K)")
     prologue = 0 if norm is None else 1 if gate is None else 2
-    call("gemm", label, nbytes=w.matrix_bytes, x=x.address, ldx=x.ld, w=w.data.address, out=out.address, ldo=out.ld,
-         residual=residual.address if residual else 0, ldr=residual.ld if residual else 0,
-         bias=bias.address if bias else 0, pro_w=norm.address if norm else 0, z=gate.address if gate else 0,
-         ldz=gate.ld if gate else 0, ws=ws.address if ws else 0, rows=rows.address if rows else 0, m=m, n=w.n, k=k,
+    call("gemm", label, nbytes=w.matrix_bytes, x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
+         residual=residual, ldr=residual.ld if residual else 0,
+         bias=bias, pro_w=norm, z=gate,
+         ldz=gate.ld if gate else 0, ws=ws, rows=rows, m=m, n=w.n, k=k,
          format=FORMATS[w.format], group=w.group, prologue=prologue, norm_group=norm_group, eps=eps, act=ACTS[act],
          out_dtype=SRC[out.dtype], scale=scale)  # fmt: skip
 
@@ -255,7 +255,7 @@ _F = ("f32", "bf16", "i8", "i4")
 register(
     Op(
         name="gemm",
-        kernels=("gemm", "gemm_pack"),
+        kernels=("gemm", "gemm_pack", "gemm_peak"),
         cases=[
             *cases("tiny", *({"m": m, "n": n, "k": k, "dtype": f} for f in _F for m, n, k in
                              ((1, 16, 64), (2, 48, 128), (7, 33, 96), (15, 80, 64), (29, 100, 160)))),

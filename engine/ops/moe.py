@@ -60,10 +60,10 @@ def moe_route(
         raise InputError(f"moe_route {label!r}: gate must be f32 [{to.experts}, {x.shape[1]}]")
     if not 1 <= to.top_k <= to.experts or to.experts % n_group or not 1 <= topk_group <= n_group:
         raise InputError(f"moe_route {label!r}: top_k {to.top_k}, groups {n_group}/{topk_group} do not fit {to.experts} experts")
-    call("moe_route", label, nbytes=gate.matrix_bytes, x=x.address, ldx=x.ld, norm=norm.address, eps=eps,
-         gate=gate.data.address, bias=bias.address if bias else 0, logits=to.logits.address, ids=to.ids.address,
-         weights=to.weights.address, offsets=to.offsets.address, order=to.order.address, ws=ws.address,
-         rows=rows.address if rows else 0, m=x.shape[0], d=x.shape[1], experts=to.experts, top_k=to.top_k,
+    call("moe_route", label, nbytes=gate.matrix_bytes, x=x, ldx=x.ld, norm=norm, eps=eps,
+         gate=gate.data, bias=bias, logits=to.logits, ids=to.ids,
+         weights=to.weights, offsets=to.offsets, order=to.order, ws=ws,
+         rows=rows, m=x.shape[0], d=x.shape[1], experts=to.experts, top_k=to.top_k,
          n_group=n_group, topk_group=topk_group, norm_topk=int(norm_topk), scale=scale)  # fmt: skip
 
 
@@ -87,11 +87,11 @@ def moe_up(
     """h [T*top_k, I] = act(rms_norm(x) @ up_e.T) for the routed pairs; hs [T,S] the same for the shared expert."""
     s = shared or up
     call("moe_up", label, nbytes=up.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
-         x=x.address, ldx=x.ld, norm=norm.address, eps=eps, up=up.data.address,
-         shared_up=shared.data.address if shared else 0, up_bias=up_bias.address if up_bias else 0,
-         shared_bias=shared_bias.address if shared_bias else 0, ids=routing.ids.address,
-         offsets=routing.offsets.address, order=routing.order.address, h=h.address, hs=hs.address if hs else 0,
-         ws=ws.address, rows=rows.address if rows else 0, m=x.shape[0], d=x.shape[1], inner=up.n,
+         x=x, ldx=x.ld, norm=norm, eps=eps, up=up.data,
+         shared_up=shared.data if shared else None, up_bias=up_bias,
+         shared_bias=shared_bias, ids=routing.ids,
+         offsets=routing.offsets, order=routing.order, h=h, hs=hs,
+         ws=ws, rows=rows, m=x.shape[0], d=x.shape[1], inner=up.n,
          shared=shared.n if shared else 0, experts=up.count, top_k=routing.top_k, act=ACTS[act],
          format=FORMATS[up.format], group=up.group, shared_format=FORMATS[s.format], shared_group=s.group)  # fmt: skip
 
@@ -114,11 +114,11 @@ def moe_down(
     """out [T,D] = residual + sum over the pairs of weight * (h @ down_e.T) + hs @ shared_down.T."""
     s = shared or down
     call("moe_down", label, nbytes=down.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
-         h=h.address, hs=hs.address if hs else 0, residual=residual.address if residual else 0,
-         ldr=residual.ld if residual else 0, down=down.data.address, shared_down=shared.data.address if shared else 0,
-         down_bias=down_bias.address if down_bias else 0, shared_bias=shared_bias.address if shared_bias else 0,
-         ids=routing.ids.address, weights=routing.weights.address, offsets=routing.offsets.address,
-         order=routing.order.address, out=out.address, ldo=out.ld, ws=ws.address, rows=rows.address if rows else 0,
+         h=h, hs=hs, residual=residual,
+         ldr=residual.ld if residual else 0, down=down.data, shared_down=shared.data if shared else None,
+         down_bias=down_bias, shared_bias=shared_bias,
+         ids=routing.ids, weights=routing.weights, offsets=routing.offsets,
+         order=routing.order, out=out, ldo=out.ld, ws=ws, rows=rows,
          m=out.shape[0], d=out.shape[1], inner=down.k, shared=shared.k if shared else 0, experts=down.count,
          top_k=routing.top_k, format=FORMATS[down.format], group=down.group, shared_format=FORMATS[s.format],
          shared_group=s.group)  # fmt: skip
@@ -184,11 +184,10 @@ def _reference(c: Case, a: Arrays) -> Arrays:
     logits = x @ torch.from_numpy(a["gate"]).double().T
     ids, weights = route_reference(logits, torch.from_numpy(a["bias"]).double(), c.k, c.ng, max(1, c.ng // 2), 2.5)
     out = torch.from_numpy(a["residual"]).double().clone()
-    for t in range(c.t):
-        for j in range(c.k):
-            e = int(ids[t, j])
-            h = activate(product(x[t : t + 1], a["up"][e]), "relu2")
-            out[t] += weights[t, j] * product(h, a["down"][e])[0]
+    for e in ids.unique().tolist():
+        t, j = (ids == e).nonzero(as_tuple=True)
+        h = activate(product(x[t], a["up"][e]), "relu2")
+        out.index_add_(0, t, weights[t, j, None] * product(h, a["down"][e]))
     if c.s:
         out += product(activate(product(x, a["shared_up"]), "relu2"), a["shared_down"])
     return {"out": out.numpy(), "ids": ids.sort(-1).values.numpy(), "weights": weights.sort(-1).values.numpy()}

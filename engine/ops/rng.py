@@ -16,8 +16,8 @@ def rng(out: Tensor, seed: Tensor, offset: Tensor, *, stream: int = 0, kind: str
     """Fills out: u32 bits (as i32), uniform f32 in [0,1) or standard normal f32. seed, offset: u64 [1] in memory."""
     if kind not in KINDS:
         raise InputError(f"rng kind {kind!r} is not one of {', '.join(KINDS)}")
-    call("rng", label, nbytes=out.nbytes, out=out.address, n=int(np.prod(out.shape)), seed=seed.address,
-         offset=offset.address, stream=stream, kind=KINDS[kind])  # fmt: skip
+    call("rng", label, nbytes=out.nbytes, out=out, n=int(np.prod(out.shape)), seed=seed,
+         offset=offset, stream=stream, kind=KINDS[kind])  # fmt: skip
 
 
 def philox_torch(n: int, seed: int, offset: int = 0, stream: int = 0):

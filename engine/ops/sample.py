@@ -42,10 +42,10 @@ class SamplerState:
 def sample(logits: Tensor, state: SamplerState, *, label: str = "sample") -> None:
     """Draws one token from logits [V] f32 into state.token; appends it to history, marks it seen, advances pos, step."""
     s = state
-    call("sample", label, nbytes=logits.nbytes, logits=logits.address, vocab=logits.shape[-1],
-         control=s.control.address, limits=s.limits.address, seed=s.seed.address, seen=s.seen.address,
-         work=s.work.address, ws=s.ws.address, token=s.token.address, history=s.history.address,
-         capacity=s.history.shape[0], pos=s.pos.address, step=s.step.address)  # fmt: skip
+    call("sample", label, nbytes=logits.nbytes, logits=logits, vocab=logits.shape[-1],
+         control=s.control, limits=s.limits, seed=s.seed, seen=s.seen,
+         work=s.work, ws=s.ws, token=s.token, history=s.history,
+         capacity=s.history.shape[0], pos=s.pos, step=s.step)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract

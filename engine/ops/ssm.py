@@ -60,10 +60,10 @@ def ssm(
         raise InputError(f"ssm {label!r}: xbc {xbc.shape}, u {u.shape}, out {out.shape} do not fit {shape}")
     if state.shape != shape.state or conv_state.shape != (shape.taps - 1, shape.channels):
         raise InputError(f"ssm {label!r}: state {state.shape}, conv_state {conv_state.shape} do not fit {shape}")
-    call("ssm", label, nbytes=2 * state.nbytes, xbc=xbc.address, ldx=xbc.ld, dt=dt.address, lddt=dt.ld,
-         conv_w=conv_w.address, conv_b=conv_b.address if conv_b else 0, conv_state=conv_state.address, a=a.address,
-         d_skip=d_skip.address, dt_bias=dt_bias.address, state=state.address, u=u.address, out=out.address, ldo=out.ld,
-         rows=rows.address if rows else 0, m=t, heads=shape.heads, head_dim=shape.head_dim, groups=shape.groups,
+    call("ssm", label, nbytes=2 * state.nbytes, xbc=xbc, ldx=xbc.ld, dt=dt, lddt=dt.ld,
+         conv_w=conv_w, conv_b=conv_b, conv_state=conv_state, a=a,
+         d_skip=d_skip, dt_bias=dt_bias, state=state, u=u, out=out, ldo=out.ld,
+         rows=rows, m=t, heads=shape.heads, head_dim=shape.head_dim, groups=shape.groups,
          n_state=shape.n_state, taps=shape.taps, dt_min=dt_limit[0], dt_max=dt_limit[1])  # fmt: skip
 
 

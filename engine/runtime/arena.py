@@ -7,11 +7,13 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine import _C
 from engine.errors import InputError, MemoryPlanError, PlanError
+from engine.runtime import cuda
 
 DTYPES: dict[str, tuple[int, type]] = {
     "f32": (4, np.float32),
@@ -50,6 +52,8 @@ class Tensor:
 
     def numpy(self) -> np.ndarray:
         """A view, not a copy; bf16 comes as uint16."""
+        if self.device != "cpu":
+            raise InputError(f"a buffer on {self.device} has no numpy view; use read(), which copies")
         size, np_type = DTYPES[self.dtype]
         span = self.nbytes if self.ld == self.shape[-1] else ((self.shape[0] - 1) * self.ld + self.shape[-1]) * size
         raw = (ctypes.c_uint8 * span).from_address(self.address)
@@ -58,6 +62,29 @@ class Tensor:
         if self.ld == self.shape[-1]:
             return flat.reshape(self.shape)
         return np.lib.stride_tricks.as_strided(flat, self.shape, (self.ld * size, size))
+
+    def read(self) -> np.ndarray:
+        """A copy of the contents, from any device."""
+        if self.device == "cpu":
+            return self.numpy().copy()
+        out = np.empty(self._packed(), DTYPES[self.dtype][1])
+        cuda.copy(out.ctypes.data, self.address, self.nbytes, self.device)
+        return out
+
+    def write(self, array: np.ndarray) -> None:
+        """Replaces the contents, on any device."""
+        if self.device == "cpu":
+            self.numpy()[...] = array
+            return
+        source = np.ascontiguousarray(array, DTYPES[self.dtype][1])
+        if source.shape != self._packed():
+            raise InputError(f"an array of shape {source.shape} does not fit a buffer of shape {self.shape}")
+        cuda.copy(self.address, source.ctypes.data, self.nbytes, self.device)
+
+    def _packed(self) -> tuple[int, ...]:
+        if self.ld != (self.shape[-1] if self.shape else 1):
+            raise InputError(f"a column range of a buffer on {self.device} cannot be copied; copy the whole buffer")
+        return self.shape
 
     def columns(self, start: int, count: int) -> Tensor:
         """Columns [start, start+count) of a [rows, width] buffer."""
@@ -99,7 +126,7 @@ class Arena:
         self.sealed = False
         self.allocations = 0
         self.buffers: dict[str, tuple[str, Tensor]] = {}
-        self._slab: _C.Memory | None = None
+        self._slab: Any = None
         self._used = 0
 
     def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
@@ -113,18 +140,23 @@ class Arena:
         nbytes = math.prod(shape) * DTYPES[dtype][0]
         try:
             if nbytes >= _SLAB // 4:
-                memory, offset = _C.Memory(nbytes), 0
+                memory, offset = self._take(nbytes), 0
             else:
                 if self._slab is None or self._used + nbytes > _SLAB:
-                    self._slab, self._used = _C.Memory(_SLAB), 0
+                    self._slab, self._used = self._take(_SLAB), 0
                 memory, offset = self._slab, self._used
                 self._used += (nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
+        except MemoryPlanError:
+            raise
         except MemoryError:
             raise MemoryPlanError(f"buffer {name!r} needs {nbytes / 1e9:.2f} GB, which this machine does not have") from None
         self.allocations += 1
         tensor = Tensor(memory.address + offset, shape, dtype, memory, self.device)
         self.buffers[name] = (part, tensor)
         return tensor
+
+    def _take(self, nbytes: int) -> Any:
+        return _C.Memory(nbytes) if self.device == "cpu" else cuda.memory(nbytes, self.device)
 
     def adopt(self, name: str, tensor: Tensor, part: str) -> Tensor:
         """Lists memory that was made elsewhere (packed weights) in the plan."""

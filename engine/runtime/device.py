@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine import _C
 from engine.errors import DeviceError, InputError
+from engine.runtime import cuda
 
 ISAS: tuple[str, ...] = tuple(_C.isa_names())
 
@@ -60,6 +62,27 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _isa = before
+
+
+_target = threading.local()
+
+
+def target() -> str:
+    """The device that ops of this thread run on: 'cpu', 'cuda' or 'cuda:N'."""
+    return getattr(_target, "name", "cpu")
+
+
+@contextmanager
+def on(name: str) -> Iterator[None]:
+    """Runs ops on another device; plans captured inside belong to it. Their buffers must live there."""
+    if name != "cpu":
+        cuda.ordinal(name)
+    before = target()
+    _target.name = name
+    try:
+        yield
+    finally:
+        _target.name = before
 
 
 def threads() -> int:

@@ -7,7 +7,7 @@ launched into a CUDA graph (engine/runtime/cuda.py). Whatever changes between re
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -53,6 +53,7 @@ class Plan:
         self.nodes: list[NodeInfo] = []
         self._tape = _C.Tape() if target == "cpu" else cuda.tape(target)
         self._calls: list[tuple[int, int, dict]] = []
+        self._owners: dict[int, object] = {}
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -64,6 +65,10 @@ class Plan:
         self._tape.push(op, isa, info.label, values)
         self._calls.append((op, isa, values))
         self.nodes.append(info)
+
+    def keep(self, owners: Iterable[object]) -> None:
+        """Holds the memory that recorded addresses point into."""
+        self._owners.update((id(o), o) for o in owners)
 
     def finish(self) -> Plan:
         if self.device != "cpu":

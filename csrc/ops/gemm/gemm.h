@@ -26,6 +26,11 @@ ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
   F(int64_t, n0) F(int32_t, format) F(int32_t, group) F(int32_t*, bad)
 ENGINE_PARAMS(GemmPackParams, ENGINE_GEMM_PACK_PARAMS)
 
+// gemm_peak: the arithmetic roof. Independent multiply-adds in registers (kind 0 f32, 1 bf16 pairs, 2 u8 x s8 quads),
+// `iterations` per thread; *ops receives the operations done by all threads (a multiply-add counts two).
+#define ENGINE_GEMM_PEAK_PARAMS(F) F(int32_t, kind) F(int64_t, iterations) F(float*, sink) F(int64_t*, ops)
+ENGINE_PARAMS(GemmPeakParams, ENGINE_GEMM_PEAK_PARAMS)
+
 // Bytes of one panel of 16 rows.
 constexpr int64_t gemm_panel_bytes(int32_t format, int64_t k, int64_t group) {
   const int64_t codes = format == 0 ? 64 * k : format == 1 ? 32 * (k + (k & 1)) : format == 2 ? 16 * k : 8 * k;

@@ -207,4 +207,45 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
   }
 }
 
+// gemm_peak: the arithmetic roof of the benches
+// layout   registers only
+// mapping  every thread the same loop, 16 independent chains
+// moves    nothing
+// tried    -
+void gemm_peak(const GemmPeakParams& p, Ctx& ctx) {
+  constexpr int kChains = 16;
+  float total = 0.f;
+  int64_t per_step = kChains * 16 * 2;
+  if (p.kind == 2) {
+    const uint8_t codes[64] = {1};
+    const Codes u = load_codes(codes);
+    I16 acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = set1_i32(i);
+    for (int64_t n = 0; n < p.iterations; ++n)
+#pragma GCC unroll 16
+      for (int i = 0; i < kChains; ++i) acc[i] = dot<true>(acc[i], u, int32_t(n));
+    for (int i = 0; i < kChains; ++i) total += reduce_add(to_f32(acc[i]));
+    per_step *= 4;
+  } else {
+    F16 acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = set1(float(i));
+    const F16 a = set1(1e-3f), b = set1(0.5f);
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+    if (p.kind == 1) {
+      const __m512bh x = (__m512bh)_mm512_castps_si512(a.v), y = (__m512bh)_mm512_castps_si512(b.v);
+      for (int64_t n = 0; n < p.iterations; ++n)
+#pragma GCC unroll 16
+        for (int i = 0; i < kChains; ++i) acc[i].v = _mm512_dpbf16_ps(acc[i].v, x, y);
+      per_step *= 2;
+    } else
+#endif
+      for (int64_t n = 0; n < p.iterations; ++n)
+#pragma GCC unroll 16
+        for (int i = 0; i < kChains; ++i) acc[i] = fma(a, b, acc[i]);
+    for (int i = 0; i < kChains; ++i) total += reduce_add(acc[i]);
+  }
+  if (ctx.tid < 64) p.sink[ctx.tid] = total;
+  __atomic_fetch_add(p.ops, p.iterations * per_step, __ATOMIC_RELAXED);
+}
+
 }  // namespace engine::cpu::ENGINE_NS

@@ -157,6 +157,14 @@ class Nemotron(LanguageModel):
         with strict_dispatch(strict):
             self._capture(buffers, last, score_chunk)
 
+    @staticmethod
+    def plan(config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None) -> dict[str, int]:
+        """Bytes of weights, kv and state that a load would take, from config.json alone."""
+        c = NemotronConfig.from_json(config)
+        parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
+        context = _bounded("context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings)
+        return plan_bytes(c, parsed, quant, math.ceil(context / 16) * 16, "f32" if parsed == "f32" and quant is None else "bf16")
+
     # ------------------------------------------------------------------------------------------ the step
     def _capture(self, buffers: Buffers, last: Tensor, score_chunk: int) -> None:
         io, w = self.io, self.weights

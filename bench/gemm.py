@@ -1,0 +1,61 @@
+"""Packed GEMM against torch.matmul over M and the matrix widths of the five models."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.report import Report
+from bench.roofs import Bandwidth, arithmetic
+from bench.timing import interleave, ratio
+from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
+from engine.ops.registry import error
+from engine.runtime import device
+from engine.runtime.arena import Arena, as_tensor
+
+# (N, K) of: Nemotron in/out_proj, experts; pi0.5 action expert and PaliGemma; Qwen2-7B (VEGA-3D), Wan 1.3B;
+# HunyuanVideo block; MoTok's transformer
+WIDTHS = {
+    "nemotron in_proj": (10304, 2688), "nemotron out_proj": (2688, 4096), "nemotron expert up": (1856, 2688),
+    "nemotron expert down": (2688, 1856), "pi0.5 action mlp": (4096, 1024), "paligemma mlp": (16384, 2048),
+    "qwen2-7b mlp": (18944, 3584), "wan 1.3b ffn": (8960, 1536), "hunyuan block": (3072, 3072), "motok ffn": (2048, 512),
+}  # fmt: skip
+ROWS = (24, 96, 512, 2048, 8000)
+LIMIT_FLOP = 4e11  # per call: keeps the whole table within minutes
+
+
+def main(formats: tuple[str, ...] = ("f32", "bf16"), rows: tuple[int, ...] = ROWS) -> None:
+    import torch
+
+    torch.set_num_threads(device.threads())
+    report, bandwidth, peaks = Report("gemm"), Bandwidth(), arithmetic()
+    print(f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()) + " GOP/s")
+    rng = np.random.default_rng(0)
+    for fmt in formats:
+        dtype = torch.float32 if fmt == "f32" else torch.bfloat16
+        for name, (n, k) in WIDTHS.items():
+            weight = (rng.standard_normal((n, k), np.float32) / k**0.5).astype(np.float32)
+            packed = PackedMatrix.pack(name, weight, fmt)
+            wt = torch.from_numpy(weight).to(dtype).T
+            for m in rows:
+                if 2 * m * n * k > LIMIT_FLOP:
+                    continue
+                x = rng.standard_normal((m, k), np.float32)
+                out = np.zeros((m, n), np.float32)
+                ws = Arena().alloc("ws", (workspace_bytes(m, k),), "u8")
+                src, dst, xt = as_tensor(x), as_tensor(out), torch.from_numpy(x).to(dtype)
+                calls = {"ours": lambda: gemm(src, packed, dst, ws=ws), "torch": lambda: torch.matmul(xt, wt)}  # noqa: B023
+                calls["ours"]()
+                head = slice(0, min(m, 16))
+                err = error(out[head], x[head].astype(np.float64) @ weight.T.astype(np.float64))
+                times = interleave(calls, rounds=9, turn=0.01, limit=8)
+                flops, won = 2 * m * n * k / times["ours"].median / 1e9, ratio(times["torch"], times["ours"])
+                report.add(width=name, format=fmt, m=m, n=n, k=k, error=err, gflop_s=flops, of_peak=flops / peaks[fmt], vs_torch=won,
+                           **{f"{who}_us": t.median * 1e6 for who, t in times.items()})  # fmt: skip
+                print(f"{fmt:<5} {name:<21} M {m:<5} {times['ours'].median * 1e3:9.2f} ms {flops:6.0f} GFLOP/s ({flops / peaks[fmt]:4.0%})  "
+                      f"torch.matmul x{won:.2f}  error {err:.0e}", flush=True)  # fmt: skip
+    report.data |= {"peaks_gop_s": peaks, "bandwidth_gb_s": bandwidth.gb_per_s}
+    rows_ = report.data["rows"]
+    for fmt in formats:
+        r = [x["vs_torch"] for x in rows_ if x["format"] == fmt]
+        print(f"{fmt}: x torch.matmul min {min(r):.2f} median {np.median(r):.2f} max {max(r):.2f} over {len(r)} shapes")
+    print("written:", report.save())

@@ -1,0 +1,48 @@
+"""./run bench [ops|gemm|slice|full|model] ...: see --help."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
+    verbs = parser.add_subparsers(dest="suite", required=True)
+    ops = verbs.add_parser("ops", help="every op at real widths against torch eager and torch.compile")
+    ops.add_argument("names", nargs="*")
+    ops.add_argument("--no-compile", action="store_true")
+    gemm = verbs.add_parser("gemm", help="packed GEMM against torch.matmul, M = 24..8000")
+    gemm.add_argument("--formats", nargs="+", default=["f32", "bf16"])
+    gemm.add_argument("--rows", nargs="+", type=int)
+    sl = verbs.add_parser("slice", help="five layers at real widths against transformers (./run peers first)")
+    sl.add_argument("--rounds", type=int, default=9)
+    full = verbs.add_parser("full", help="the published configuration, random weights, peak memory")
+    full.add_argument("--quant", default="int4")
+    model = verbs.add_parser("model", help="nemotron-tiny: quality of each format beside its speed")
+    model.add_argument("--problems", type=int, default=100)
+    a = parser.parse_args(argv)
+    if a.suite == "ops":
+        from bench.ops import main as run
+
+        run(a.names, not a.no_compile)
+    elif a.suite == "gemm":
+        from bench.gemm import ROWS
+        from bench.gemm import main as run_gemm
+
+        run_gemm(tuple(a.formats), tuple(a.rows or ROWS))
+    elif a.suite == "slice":
+        from bench.slice import main as run_slice
+
+        run_slice(a.rounds)
+    elif a.suite == "full":
+        from bench.full import main as run_full
+
+        run_full(a.quant)
+    else:
+        from bench.model import main as run_model
+
+        run_model(a.problems)
+
+
+if __name__ == "__main__":
+    main()

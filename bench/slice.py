@@ -1,0 +1,175 @@
+"""Real widths, five layers (MEM*E, 16 experts): decode and prefill against transformers, turns interleaved.
+
+Both sides load the same checkpoint; the peer runs in its own environment and process and is silent while we run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.report import Report
+from bench.roofs import Bandwidth, arithmetic
+from bench.sources import PUBLISHED, RandomSource
+from bench.timing import PARK
+from engine.io.checkpoint import save
+from engine.models.nemotron.model import Nemotron
+from engine.runtime import device
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = dataclasses.replace(PUBLISHED, vocab_size=1024, pattern="MEM*E", n_routed_experts=16, max_position_embeddings=4096)
+PROMPT = np.random.default_rng(1).integers(0, 1024, 512).tolist()
+
+
+def write_checkpoint(folder: Path) -> None:
+    source = RandomSource(CONFIG, dtype="BF16")
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_json()))
+    save(folder / "model.safetensors", {n: (source.info(n).dtype, source.read(n)) for n in source.keys()})  # noqa: SIM118
+
+
+class Peer:
+    """transformers in its own process."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        python = Path(os.environ.get("QUINTET_PEER_TRANSFORMERS", ROOT / ".venvs/transformers/bin/python"))
+        if not python.exists():
+            raise SystemExit(f"no peer environment at {python}; make it with ./run peers")
+        self.out = folder / f"peer-{dtype}.safetensors"
+        command = [str(python), str(ROOT / "bench/peers/transformers_worker.py"), str(folder), dtype, json.dumps(PROMPT),
+                   str(device.threads()), str(self.out)]  # fmt: skip
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("the transformers process ended; run its worker by hand to see why")
+
+    def ask(self, **command: Any) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Ours:
+    """The engine on the same checkpoint."""
+
+    def __init__(self, folder: Path, dtype: str, quant: str | None) -> None:
+        self.model = Nemotron.load(folder, dtype=dtype, quant=quant, context=2048, snapshots=0)
+        self.bytes = sum(n.nbytes for n in self.model.plans["decode"].nodes)
+
+    def prefill(self, n: int) -> float:
+        self.model._cache.clear()
+        self.model.generate(PROMPT[:2], max_new_tokens=1, ignore_eos=True)  # wakes the threads, untimed
+        self.model._cache.clear()
+        return self.model.generate(PROMPT[:n], max_new_tokens=1, ignore_eos=True).timing.prefill
+
+    def decode(self, steps: int) -> float:
+        replay = self.model.plans["decode"].replay
+        replay()
+        t0 = time.perf_counter()
+        for _ in range(steps):
+            replay()
+        return (time.perf_counter() - t0) / steps
+
+
+def main(rounds: int = 9, steps: int = 8) -> None:
+    report, bandwidth = Report("slice"), Bandwidth()
+    peaks = arithmetic()
+    print(f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()) + " GOP/s")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_checkpoint(folder)
+        ours = {"bf16": Ours(folder, "bf16", None), "int8": Ours(folder, "bf16", "int8"), "int4": Ours(folder, "bf16", "int4")}
+        peer = Peer(folder, "float32")
+        peer.ask(do="logits", n=64)
+        want = _log_softmax(_load(peer.out))
+        quality = {}
+        for key, side in ours.items():
+            got = _log_softmax(side.model.logits(PROMPT[:64]).astype(np.float64))
+            quality[key] = {"mean_kl": float((np.exp(want) * (want - got)).sum(1).mean()), "same_top": float((want.argmax(1) == got.argmax(1)).mean())}
+        peer.ask(do="prefill", n=128)
+        peer.ask(do="decode", steps=2)
+        times: dict[str, list[float]] = {"transformers fp32": []} | {k: [] for k in ours}
+        roof: dict[str, list[float]] = {k: [] for k in ours}
+        for side in ours.values():
+            side.prefill(128)
+        for _ in range(rounds):
+            time.sleep(PARK)
+            times["transformers fp32"].append(peer.ask(do="decode", steps=2))
+            for key, side in ours.items():
+                time.sleep(PARK)
+                roof[key].append(bandwidth.measure(1))
+                times[key].append(side.decode(steps))
+                roof[key].append(bandwidth.measure(1))
+        peer.close()
+        base = np.array(times["transformers fp32"])
+        for key, side in ours.items():
+            t = np.array(times[key])
+            pairs = np.array(roof[key]).reshape(-1, 2).max(1)
+            share = float(np.median(side.bytes / t / 1e9 / pairs))
+            row = {"what": "decode", "format": key, "ms": float(np.median(t) * 1e3), "bytes": side.bytes, "gb_s": side.bytes / float(np.median(t)) / 1e9,
+                   "of_bandwidth": share, "vs_transformers_fp32": float(np.median(base / t)), **quality[key]}  # fmt: skip
+            report.add(**row)
+            print(f"decode  {key:<5} {row['ms']:8.2f} ms  {row['gb_s']:5.1f} GB/s ({share:4.0%} of the read bandwidth)  transformers fp32 x{row['vs_transformers_fp32']:.2f}"
+                  f"  mean KL {quality[key]['mean_kl']:.1e} same top {quality[key]['same_top']:.0%}", flush=True)  # fmt: skip
+        print(f"        transformers fp32 {np.median(base) * 1e3:.1f} ms")
+
+        peer = Peer(folder, "bfloat16")
+        peer.ask(do="prefill", n=512)
+        theirs, mine = [], {k: [] for k in ours}
+        for _ in range(rounds):
+            time.sleep(PARK)
+            theirs.append(peer.ask(do="prefill", n=512))
+            for key, side in ours.items():
+                time.sleep(PARK)
+                mine[key].append(side.prefill(512))
+        peer.close()
+        flops = 2 * 512 * _macs_per_token()
+        for key, times_ in mine.items():
+            won = float(np.median(np.array(theirs) / np.array(times_)))
+            rate = flops / float(np.median(times_)) / 1e9
+            report.add(what="prefill 512", format=key, ms=float(np.median(times_) * 1e3), vs_transformers_bf16=won, gflop_s=rate,
+                       of_peak=rate / peaks["bf16" if key == "bf16" else "i8"])  # fmt: skip
+            print(f"prefill {key:<5} {np.median(times_) * 1e3:8.1f} ms  {rate:6.0f} GFLOP/s ({rate / peaks['bf16' if key == 'bf16' else 'i8']:4.0%} of peak)  transformers bf16 x{won:.2f}")
+        print(f"        transformers bf16 {np.median(theirs) * 1e3:.1f} ms")
+    report.data |= {"peaks_gop_s": peaks, "bandwidth_gb_s": bandwidth.gb_per_s}
+    print("written:", report.save())
+
+
+def _load(path: Path) -> np.ndarray:
+    from safetensors.numpy import load_file
+
+    return load_file(path)["logits"].astype(np.float64)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def _macs_per_token() -> int:
+    """Multiply-adds of the projections, experts and head of one prompt token (spec 6.3; the scan and attention scores
+    are left out, so shares of peak are understated)."""
+    c = CONFIG
+    mamba = c.hidden_size * (c.mamba_inner + c.conv_dim + c.mamba_num_heads) + c.mamba_inner * c.hidden_size
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    attention = c.hidden_size * heads + c.num_attention_heads * c.head_dim * c.hidden_size
+    experts = 2 * c.hidden_size * (c.num_experts_per_tok * c.moe_intermediate_size + c.shared_width)
+    return sum({"M": mamba, "*": attention, "E": experts + c.hidden_size * c.n_routed_experts}[k] for k in c.pattern)

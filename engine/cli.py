@@ -1,0 +1,174 @@
+"""The `engine` command: chat, generate, explain, plan, bench, demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import engine
+from engine.errors import EngineError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quintet: published models, each step one static plan.")
+
+Name = Annotated[str, typer.Argument(help="zoo name, folder in the published layout, or hub id")]
+Quant = Annotated[str | None, typer.Option(help="int8 or int4, made at load")]
+DType = Annotated[str, typer.Option(help="auto, float32 or bfloat16")]
+Context = Annotated[int | None, typer.Option(help="tokens of KV cache")]
+Strict = Annotated[bool, typer.Option(help="refuse slower implementations")]
+Tokens = Annotated[int | None, typer.Option(help="new tokens at most")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Seed = Annotated[int, typer.Option()]
+
+
+def _say(text: str, kind: str = "answer") -> None:
+    """Reasoning is dimmed on a terminal."""
+    dim = kind != "answer" and sys.stdout.isatty()
+    sys.stdout.write(f"\033[2m{text}\033[0m" if dim else text)
+    sys.stdout.flush()
+
+
+def _speed(result: Any) -> str:
+    t = result.timing
+    if not t.steps:
+        return f"{len(result.tokens)} token"
+    return (f"{len(result.tokens)} tokens, {t.tokens_per_second:.0f} tokens/s, ms/token p50 {t.percentile(50):.3f} "
+            f"p99 {t.percentile(99):.3f}, prompt {result.prompt_tokens} tokens ({result.reused_tokens} reused) "
+            f"in {t.prefill * 1e3:.1f} ms")  # fmt: skip
+
+
+def _turn(model: Any, messages: list[dict], **options: Any) -> Any:
+    """Streams one assistant turn, thinking and answer apart; Ctrl-C ends the turn, not the program."""
+    kind = None
+    with model.stream(messages, **options) as stream:
+        try:
+            for event in stream:
+                if event.kind != kind:
+                    _say(("" if kind is None else "\n") + {"reasoning": "thinking: ", "tool_call": "tool call: "}.get(event.kind, "answer:   "), event.kind)
+                    kind = event.kind
+                text = event.text.replace("\n", "\n          ")
+                _say(text, event.kind)
+        except KeyboardInterrupt:
+            _say(" [stopped]")
+    _say("\n")
+    return stream.result
+
+
+@app.command()
+def chat(
+    name: Name = "nemotron-tiny", quant: Quant = None, dtype: DType = "auto", context: Context = None,
+    thinking: bool = True, budget: Annotated[int | None, typer.Option(help="tokens of thinking at most")] = None,
+    max_new_tokens: Tokens = None, temperature: Temperature = 0.0, top_p: float = 1.0, seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D ends."""
+    model = engine.load(name, quant=quant, dtype=dtype, context=context)
+    messages: list[dict] = []
+    while True:
+        try:
+            text = input("you:      ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        result = _turn(model, messages, thinking=thinking, thinking_budget=budget if thinking else None,
+                       max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)  # fmt: skip
+        print(f"          [{_speed(result)}]")
+        messages.append(result.message.to_dict())
+    print()
+
+
+@app.command()
+def generate(
+    name: Name, prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
+    quant: Quant = None, dtype: DType = "auto", context: Context = None, max_new_tokens: Tokens = None,
+    temperature: Temperature = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    repetition_penalty: float = 1.0, seed: Seed = 0, stop: Annotated[list[str] | None, typer.Option()] = None,
+) -> None:  # fmt: skip
+    """Continue a text."""
+    model = engine.load(name, quant=quant, dtype=dtype, context=context)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with model.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                      repetition_penalty=repetition_penalty, seed=seed, stop=stop or ()) as stream:  # fmt: skip
+        for event in stream:
+            _say(event.text)
+    print()
+    print(f"[{_speed(stream.result)}]", file=sys.stderr)
+
+
+@app.command()
+def explain(name: Name = "nemotron-tiny", quant: Quant = None, dtype: DType = "auto", context: Context = None, strict: Strict = False) -> None:
+    """Which implementation runs each op and why, how weights are stored, memory by part."""
+    model = engine.load(name, quant=quant, dtype=dtype, context=context, strict=strict)
+    print(model)
+    print(model.explain())
+    print(model.memory())
+
+
+@app.command()
+def plan(
+    name: Name = "nemotron-tiny", ctx: Annotated[int | None, typer.Option(help="context in tokens")] = None,
+    quant: Quant = None, dtype: DType = "auto",
+) -> None:  # fmt: skip
+    """Memory that a load would take, from config.json alone: no weights are read."""
+    from engine.io.hub import resolve
+    from engine.models import family_of
+
+    config, cls = family_of(resolve(name))
+    parts = cls.plan(config, dtype=dtype, quant=quant, context=ctx)
+    for part, size in (*parts.items(), ("total", sum(parts.values()))):
+        print(f"{part:<10} {size / 1e9:9.3f} GB")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """The benches of a source checkout (same as ./run bench)."""
+    try:
+        from bench.run import main
+    except ImportError:
+        raise EngineError("benches live in the source checkout, not in the wheel; clone it and use ./run bench") from None
+    main(context.args)
+
+
+QUESTIONS = (
+    ("What is 47 + 85?", True),
+    ("What is 612 - 247?", True),
+    ("What is 23 * 4?", False),
+)
+
+
+@app.command()
+def demo(name: Name = "nemotron-tiny", quant: Quant = None) -> None:
+    """A few real questions to the embedded model, streamed, with speeds and what ran."""
+    model = engine.load(name, quant=quant, context=1024)
+    print(f"{model!r}\n")
+    model.warmup()
+    results, messages = [], []
+    for question, thinking in QUESTIONS:
+        print(f"question: {question}{'' if thinking else '  (thinking off)'}")
+        messages = [{"role": "user", "content": question}]
+        results.append(_turn(model, messages, thinking=thinking, max_new_tokens=200))
+        print(f"          [{_speed(results[-1])}]\n")
+    follow_up = "And what is 31 + 16?"
+    print(f"question: {follow_up}  (second turn of the same chat)")
+    messages += [results[-1].message.to_dict(), {"role": "user", "content": follow_up}]
+    results.append(_turn(model, messages, max_new_tokens=200))
+    print(f"          [{_speed(results[-1])}]\n")
+    print(model.explain())
+    print(model.memory())
+
+
+def main() -> None:
+    """Typed errors as one line, without a traceback."""
+    try:
+        app()
+    except EngineError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))
+    main()

@@ -1,0 +1,73 @@
+"""CUDA devices: which there are, memory on them, copies. Thin; the work is in csrc/base/cuda_graph.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine import _C
+from engine.errors import DeviceError, MemoryPlanError
+
+BUILT: bool = _C.cuda
+OPS: frozenset[str] = frozenset(_C.cuda_ops())
+
+
+def count() -> int:
+    """CUDA devices that this process can use; 0 where the build or the host has none."""
+    return _C.cuda_device_count() if BUILT else 0
+
+
+def missing() -> str:
+    """Why CUDA kernels do not run here; '' if they do."""
+    return _C.cuda_missing() if BUILT else "built without CUDA"
+
+
+def is_cuda(device: str) -> bool:
+    return device == "cuda" or device.startswith("cuda:")
+
+
+def ordinal(device: str) -> int:
+    """The index in 'cuda' or 'cuda:N', checked against what is there."""
+    name, _, index = device.partition(":")
+    if name != "cuda" or (":" in device and not index.isdecimal()):
+        raise DeviceError(f"device {device!r} is not one of cpu, cuda, cuda:N")
+    if not BUILT:
+        raise DeviceError(
+            f"device {device!r}: this package was built without CUDA; install nvcc and a driver, then build with "
+            "ENGINE_CUDA=ON, or use device='cpu'"
+        )
+    n = count()
+    if not n:
+        raise DeviceError(f"device {device!r}: {missing()}; install or update the NVIDIA driver, or use device='cpu'")
+    if int(index or 0) >= n:
+        raise DeviceError(f"device {device!r}: this host has {n} CUDA device(s), counted from 0")
+    return int(index or 0)
+
+
+def tape(device: str) -> Any:
+    """A tape that is captured into a CUDA graph; the same calls as _C.Tape."""
+    index = ordinal(device)
+    return _C.CudaTape(index)
+
+
+def memory(nbytes: int, device: str) -> Any:
+    """Zeroed device memory with `address` and `size`."""
+    index = ordinal(device)
+    try:
+        return _C.CudaMemory(nbytes, index)
+    except MemoryError:
+        free, total = _C.cuda_memory_info(index)
+        raise MemoryPlanError(
+            f"{nbytes / 1e9:.2f} GB do not fit on {device}: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free"
+        ) from None
+
+
+def copy(dst: int, src: int, nbytes: int, device: str) -> None:
+    """Copies between any two of host and device memory; done when it returns."""
+    index = ordinal(device)
+    _C.cuda_copy(dst, src, nbytes, index)
+
+
+def run(op: int, values: dict, device: str) -> None:
+    """One kernel, now."""
+    index = ordinal(device)
+    _C.cuda_run(op, index, values)
