@@ -21,7 +21,14 @@ def peak_rss() -> float:
 def main(quant: str = "int4", tokens: int = 32, context: int = 2048) -> None:
     report = Report("full")
     t0 = time.perf_counter()
-    model = Nemotron(PUBLISHED, RandomSource(PUBLISHED), name="nemotron-cascade-2 (random weights)", quant=quant, context=context, snapshots=1)
+    model = Nemotron(
+        PUBLISHED,
+        RandomSource(PUBLISHED),
+        name="nemotron-cascade-2 (random weights)",
+        quant=quant,
+        context=context,
+        snapshots=1,
+    )
     loaded = time.perf_counter() - t0
     print(f"{model!r}\nloaded in {loaded:.0f} s\n{model.memory()}")
     prompt = np.random.default_rng(0).integers(20, 131072, 128).tolist()
@@ -29,10 +36,16 @@ def main(quant: str = "int4", tokens: int = 32, context: int = 2048) -> None:
     rss = peak_rss()
     t = result.timing
     moved = sum(n.nbytes for n in model.plans["decode"].nodes)
-    report.add(quant=quant, load_s=loaded, prompt=len(prompt), prefill_s=t.prefill, tokens_per_s=t.tokens_per_second,
-               p50_ms=t.percentile(50), p99_ms=t.percentile(99), bytes_per_token=moved, gb_s=moved / np.median(t.steps) / 1e9, peak_rss_gb=rss)  # fmt: skip
-    print(f"prompt of {len(prompt)} in {t.prefill:.2f} s; {len(result.tokens)} tokens, {t.tokens_per_second:.2f} tokens/s, "
-          f"p50 {t.percentile(50):.1f} ms; {moved / 1e9:.2f} GB per token; peak RSS {rss:.2f} GB")  # fmt: skip
+    p50, p99 = t.percentile(50), t.percentile(99)
+    rate = moved / np.median(t.steps) / 1e9
+    report.add(
+        quant=quant, load_s=loaded, prompt=len(prompt), prefill_s=t.prefill, tokens_per_s=t.tokens_per_second,
+        p50_ms=p50, p99_ms=p99, bytes_per_token=moved, gb_s=rate, peak_rss_gb=rss,
+    )  # fmt: skip
+    print(
+        f"prompt of {len(prompt)} tokens in {t.prefill:.2f} s; {len(result.tokens)} new at {t.tokens_per_second:.2f}/s"
+    )
+    print(f"p50 {p50:.1f} ms, {moved / 1e9:.2f} GB per token, {rate:.1f} GB/s; peak RSS {rss:.2f} GB")
     model.close()
     bandwidth = Bandwidth()
     print(f"read bandwidth {bandwidth.measure():.1f} GB/s")

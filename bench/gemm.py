@@ -12,12 +12,12 @@ from engine.ops.registry import error
 from engine.runtime import device
 from engine.runtime.arena import Arena, as_tensor
 
-# (N, K) of: Nemotron in/out_proj, experts; pi0.5 action expert and PaliGemma; Qwen2-7B (VEGA-3D), Wan 1.3B;
-# HunyuanVideo block; MoTok's transformer
+# (N, K): Nemotron; pi0.5's action expert and PaliGemma; Qwen2-7B and Wan 1.3B (VEGA-3D); HunyuanVideo; MoTok
 WIDTHS = {
     "nemotron in_proj": (10304, 2688), "nemotron out_proj": (2688, 4096), "nemotron expert up": (1856, 2688),
     "nemotron expert down": (2688, 1856), "pi0.5 action mlp": (4096, 1024), "paligemma mlp": (16384, 2048),
-    "qwen2-7b mlp": (18944, 3584), "wan 1.3b ffn": (8960, 1536), "hunyuan block": (3072, 3072), "motok ffn": (2048, 512),
+    "qwen2-7b mlp": (18944, 3584), "wan 1.3b ffn": (8960, 1536), "hunyuan block": (3072, 3072),
+    "motok ffn": (2048, 512),
 }  # fmt: skip
 ROWS = (24, 96, 512, 2048, 8000)
 LIMIT_FLOP = 4e11  # per call: keeps the whole table within minutes
@@ -28,7 +28,11 @@ def main(formats: tuple[str, ...] = ("f32", "bf16"), rows: tuple[int, ...] = ROW
 
     torch.set_num_threads(device.threads())
     report, bandwidth, peaks = Report("gemm"), Bandwidth(), arithmetic()
-    print(f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()) + " GOP/s")
+    print(
+        f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks "
+        + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items())
+        + " GOP/s"
+    )
     rng = np.random.default_rng(0)
     for fmt in formats:
         dtype = torch.float32 if fmt == "f32" else torch.bfloat16
@@ -49,10 +53,15 @@ def main(formats: tuple[str, ...] = ("f32", "bf16"), rows: tuple[int, ...] = ROW
                 err = error(out[head], x[head].astype(np.float64) @ weight.T.astype(np.float64))
                 times = interleave(calls, rounds=9, turn=0.01, limit=8)
                 flops, won = 2 * m * n * k / times["ours"].median / 1e9, ratio(times["torch"], times["ours"])
-                report.add(width=name, format=fmt, m=m, n=n, k=k, error=err, gflop_s=flops, of_peak=flops / peaks[fmt], vs_torch=won,
-                           **{f"{who}_us": t.median * 1e6 for who, t in times.items()})  # fmt: skip
-                print(f"{fmt:<5} {name:<21} M {m:<5} {times['ours'].median * 1e3:9.2f} ms {flops:6.0f} GFLOP/s ({flops / peaks[fmt]:4.0%})  "
-                      f"torch.matmul x{won:.2f}  error {err:.0e}", flush=True)  # fmt: skip
+                share = flops / peaks[fmt]
+                row = {"width": name, "format": fmt, "m": m, "n": n, "k": k, "error": err}
+                row |= {f"{who}_us": t.median * 1e6 for who, t in times.items()}
+                report.add(**row, gflop_s=flops, of_peak=share, vs_torch=won)
+                print(
+                    f"{fmt:<5} {name:<21} M {m:<5} {times['ours'].median * 1e3:9.2f} ms {flops:6.0f} GFLOP/s "
+                    f"({share:4.0%})  torch.matmul x{won:.2f}  error {err:.0e}",
+                    flush=True,
+                )
     report.data |= {"peaks_gop_s": peaks, "bandwidth_gb_s": bandwidth.gb_per_s}
     rows_ = report.data["rows"]
     for fmt in formats:

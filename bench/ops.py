@@ -35,10 +35,18 @@ def gate(op: Op, case: Case, arrays: dict[str, np.ndarray]) -> float:
     return max(error(got[name], want[name]) for name in want)
 
 
-def bench_op(op: Op, case: Case, report: Report, peaks: dict[str, float], bandwidth: Bandwidth, with_compile: bool) -> None:
+def bench_op(
+    op: Op, case: Case, report: Report, peaks: dict[str, float], bandwidth: Bandwidth, with_compile: bool
+) -> None:
     arrays = op.inputs(case, np.random.default_rng(0))
     err, limit = gate(op, case, arrays), op.tolerance_of(case)
-    row: dict[str, Any] = {"op": op.name, "case": case.id, "error": err, "tolerance": limit, "gate": "green" if err <= limit else "RED"}
+    row: dict[str, Any] = {
+        "op": op.name,
+        "case": case.id,
+        "error": err,
+        "tolerance": limit,
+        "gate": "green" if err <= limit else "RED",
+    }
     if err > limit:
         print(f"{op.name:<10} {case.id:<44} RED  error {err:.1e} > {limit:.0e}: no speed")
         report.add(**row)
@@ -72,7 +80,11 @@ def main(names: list[str], with_compile: bool = True) -> None:
     torch.set_num_threads(device.threads())
     report, bandwidth = Report("ops"), Bandwidth()
     peaks = arithmetic()
-    print(f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()) + " GOP/s")
+    print(
+        f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks "
+        + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items())
+        + " GOP/s"
+    )
     for name, op in ops().items():
         if names and name not in names:
             continue

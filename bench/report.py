@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
@@ -23,11 +24,15 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     load = None
-    try:
+    with contextlib.suppress(OSError):
         load = float(Path("/proc/loadavg").read_text().split()[0])
-    except OSError:
-        pass
-    return {"cpu": cpu, "threads": device.threads(), "isa": device.isa_name(), "python": platform.python_version(), "load_at_start": load}
+    return {
+        "cpu": cpu,
+        "threads": device.threads(),
+        "isa": device.isa_name(),
+        "python": platform.python_version(),
+        "load_at_start": load,
+    }
 
 
 class Report:
@@ -35,7 +40,12 @@ class Report:
 
     def __init__(self, suite: str) -> None:
         self.suite = suite
-        self.data: dict[str, Any] = {"suite": suite, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": machine(), "rows": []}
+        self.data: dict[str, Any] = {
+            "suite": suite,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "machine": machine(),
+            "rows": [],
+        }
 
     def add(self, **row: Any) -> None:
         self.data["rows"].append(row)

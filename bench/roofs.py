@@ -18,7 +18,7 @@ class Bandwidth:
 
     def __init__(self) -> None:
         self._memory = _C.Memory(PROBE_BYTES)
-        np.frombuffer(self._memory, np.uint8)[:] = 1
+        np.frombuffer(self._memory, np.uint8)[:] = 1  # type: ignore[call-overload]
         self.gb_per_s: list[float] = []
 
     def measure(self, repeats: int = 5) -> float:
@@ -37,9 +37,11 @@ def arithmetic() -> dict[str, float]:
         sink = np.zeros(64, np.float32)
         ops = np.zeros(1, np.int64)
         best = 0.0
+        call = {"kind": i, "iterations": 2_000_000, "sink": sink.ctypes.data, "ops": ops.ctypes.data}
         for _ in range(5):
+            ops[0] = 0
             t0 = time.perf_counter()
-            _C.run(_OPS["gemm_peak"], device.isa(), {"kind": i, "iterations": 2_000_000, "sink": sink.ctypes.data, "ops": ops.ctypes.data})
+            _C.run(_OPS["gemm_peak"], device.isa(), call)
             best = max(best, float(ops[0]) / (time.perf_counter() - t0) / 1e9)
         out[name] = best
     return out

@@ -25,7 +25,9 @@ from engine.models.nemotron.model import Nemotron
 from engine.runtime import device
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = dataclasses.replace(PUBLISHED, vocab_size=1024, pattern="MEM*E", n_routed_experts=16, max_position_embeddings=4096)
+CONFIG = dataclasses.replace(
+    PUBLISHED, vocab_size=1024, pattern="MEM*E", n_routed_experts=16, max_position_embeddings=4096
+)
 PROMPT = np.random.default_rng(1).integers(0, 1024, 512).tolist()
 
 
@@ -43,10 +45,12 @@ class Peer:
         if not python.exists():
             raise SystemExit(f"no peer environment at {python}; make it with ./run peers")
         self.out = folder / f"peer-{dtype}.safetensors"
-        command = [str(python), str(ROOT / "bench/peers/transformers_worker.py"), str(folder), dtype, json.dumps(PROMPT),
+        worker = ROOT / "bench/peers/transformers_worker.py"
+        command = [str(python), str(worker), str(folder), dtype, json.dumps(PROMPT),
                    str(device.threads()), str(self.out)]  # fmt: skip
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, env=env)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -92,21 +96,30 @@ class Ours:
 def main(rounds: int = 9, steps: int = 8) -> None:
     report, bandwidth = Report("slice"), Bandwidth()
     peaks = arithmetic()
-    print(f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks " + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items()) + " GOP/s")
+    print(
+        f"read bandwidth {bandwidth.measure():.1f} GB/s; peaks "
+        + ", ".join(f"{k} {v:.0f}" for k, v in peaks.items())
+        + " GOP/s"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder)
-        ours = {"bf16": Ours(folder, "bf16", None), "int8": Ours(folder, "bf16", "int8"), "int4": Ours(folder, "bf16", "int4")}
+        ours = {
+            "bf16": Ours(folder, "bf16", None),
+            "int8": Ours(folder, "bf16", "int8"),
+            "int4": Ours(folder, "bf16", "int4"),
+        }
         peer = Peer(folder, "float32")
         peer.ask(do="logits", n=64)
         want = _log_softmax(_load(peer.out))
         quality = {}
         for key, side in ours.items():
             got = _log_softmax(side.model.logits(PROMPT[:64]).astype(np.float64))
-            quality[key] = {"mean_kl": float((np.exp(want) * (want - got)).sum(1).mean()), "same_top": float((want.argmax(1) == got.argmax(1)).mean())}
+            kl = (np.exp(want) * (want - got)).sum(1).mean()
+            quality[key] = {"mean_kl": float(kl), "same_top": float((want.argmax(1) == got.argmax(1)).mean())}
         peer.ask(do="prefill", n=128)
         peer.ask(do="decode", steps=2)
-        times: dict[str, list[float]] = {"transformers fp32": []} | {k: [] for k in ours}
+        times: dict[str, list[float]] = {k: [] for k in ("transformers fp32", *ours)}
         roof: dict[str, list[float]] = {k: [] for k in ours}
         for side in ours.values():
             side.prefill(128)
@@ -124,16 +137,22 @@ def main(rounds: int = 9, steps: int = 8) -> None:
             t = np.array(times[key])
             pairs = np.array(roof[key]).reshape(-1, 2).max(1)
             share = float(np.median(side.bytes / t / 1e9 / pairs))
-            row = {"what": "decode", "format": key, "ms": float(np.median(t) * 1e3), "bytes": side.bytes, "gb_s": side.bytes / float(np.median(t)) / 1e9,
-                   "of_bandwidth": share, "vs_transformers_fp32": float(np.median(base / t)), **quality[key]}  # fmt: skip
-            report.add(**row)
-            print(f"decode  {key:<5} {row['ms']:8.2f} ms  {row['gb_s']:5.1f} GB/s ({share:4.0%} of the read bandwidth)  transformers fp32 x{row['vs_transformers_fp32']:.2f}"
-                  f"  mean KL {quality[key]['mean_kl']:.1e} same top {quality[key]['same_top']:.0%}", flush=True)  # fmt: skip
+            ms = float(np.median(t) * 1e3)
+            won, rate = float(np.median(base / t)), side.bytes / ms / 1e6
+            q = quality[key]
+            report.add(what="decode", format=key, ms=ms, bytes=side.bytes, gb_s=rate, of_bandwidth=share,
+                       vs_transformers_fp32=won, **q)  # fmt: skip
+            print(
+                f"decode  {key:<5} {ms:8.2f} ms  {rate:5.1f} GB/s ({share:4.0%} of the read bandwidth)  transformers "
+                f"fp32 x{won:.2f}  mean KL {q['mean_kl']:.1e} same top {q['same_top']:.0%}",
+                flush=True,
+            )
         print(f"        transformers fp32 {np.median(base) * 1e3:.1f} ms")
 
         peer = Peer(folder, "bfloat16")
         peer.ask(do="prefill", n=512)
-        theirs, mine = [], {k: [] for k in ours}
+        theirs: list[float] = []
+        mine: dict[str, list[float]] = {k: [] for k in ours}
         for _ in range(rounds):
             time.sleep(PARK)
             theirs.append(peer.ask(do="prefill", n=512))
@@ -145,9 +164,12 @@ def main(rounds: int = 9, steps: int = 8) -> None:
         for key, times_ in mine.items():
             won = float(np.median(np.array(theirs) / np.array(times_)))
             rate = flops / float(np.median(times_)) / 1e9
-            report.add(what="prefill 512", format=key, ms=float(np.median(times_) * 1e3), vs_transformers_bf16=won, gflop_s=rate,
-                       of_peak=rate / peaks["bf16" if key == "bf16" else "i8"])  # fmt: skip
-            print(f"prefill {key:<5} {np.median(times_) * 1e3:8.1f} ms  {rate:6.0f} GFLOP/s ({rate / peaks['bf16' if key == 'bf16' else 'i8']:4.0%} of peak)  transformers bf16 x{won:.2f}")
+            ms, share = float(np.median(times_) * 1e3), rate / peaks["bf16" if key == "bf16" else "i8"]
+            report.add(what="prefill 512", format=key, ms=ms, vs_transformers_bf16=won, gflop_s=rate, of_peak=share)
+            print(
+                f"prefill {key:<5} {ms:8.1f} ms  {rate:6.0f} GFLOP/s ({share:4.0%} of peak)  "
+                f"transformers bf16 x{won:.2f}"
+            )
         print(f"        transformers bf16 {np.median(theirs) * 1e3:.1f} ms")
     report.data |= {"peaks_gop_s": peaks, "bandwidth_gb_s": bandwidth.gb_per_s}
     print("written:", report.save())

@@ -36,7 +36,7 @@ def once(call: Callable[[], object], repeats: int) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], rounds: int = 15, turn: float = 0.02, limit: float = 20.0
 ) -> dict[str, Times]:
-    """Each round gives every contestant one turn of about `turn` seconds; at most `limit` seconds in all, >= 5 rounds."""
+    """Each round gives every contestant one turn of `turn` seconds or so; >= 5 rounds, then at most `limit` seconds."""
     repeats = {}
     for name, call in calls.items():
         call()

@@ -11,7 +11,9 @@ import typer
 import engine
 from engine.errors import EngineError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quintet: published models, each step one static plan.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Quintet: published models, each step one static plan."
+)
 
 Name = Annotated[str, typer.Argument(help="zoo name, folder in the published layout, or hub id")]
 Quant = Annotated[str | None, typer.Option(help="int8 or int4, made at load")]
@@ -46,7 +48,11 @@ def _turn(model: Any, messages: list[dict], **options: Any) -> Any:
         try:
             for event in stream:
                 if event.kind != kind:
-                    _say(("" if kind is None else "\n") + {"reasoning": "thinking: ", "tool_call": "tool call: "}.get(event.kind, "answer:   "), event.kind)
+                    _say(
+                        ("" if kind is None else "\n")
+                        + {"reasoning": "thinking: ", "tool_call": "tool call: "}.get(event.kind, "answer:   "),
+                        event.kind,
+                    )
                     kind = event.kind
                 text = event.text.replace("\n", "\n          ")
                 _say(text, event.kind)
@@ -88,10 +94,11 @@ def generate(
     repetition_penalty: float = 1.0, seed: Seed = 0, stop: Annotated[list[str] | None, typer.Option()] = None,
 ) -> None:  # fmt: skip
     """Continue a text."""
-    model = engine.load(name, quant=quant, dtype=dtype, context=context)
+    model: Any = engine.load(name, quant=quant, dtype=dtype, context=context)
     text = sys.stdin.read() if prompt == "-" else prompt
-    with model.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                      repetition_penalty=repetition_penalty, seed=seed, stop=stop or ()) as stream:  # fmt: skip
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling["repetition_penalty"] = repetition_penalty
+    with model.stream(text, max_new_tokens=max_new_tokens, stop=stop or (), **sampling) as stream:
         for event in stream:
             _say(event.text)
     print()
@@ -99,7 +106,13 @@ def generate(
 
 
 @app.command()
-def explain(name: Name = "nemotron-tiny", quant: Quant = None, dtype: DType = "auto", context: Context = None, strict: Strict = False) -> None:
+def explain(
+    name: Name = "nemotron-tiny",
+    quant: Quant = None,
+    dtype: DType = "auto",
+    context: Context = None,
+    strict: Strict = False,
+) -> None:
     """Which implementation runs each op and why, how weights are stored, memory by part."""
     model = engine.load(name, quant=quant, dtype=dtype, context=context, strict=strict)
     print(model)
@@ -128,7 +141,9 @@ def bench(context: typer.Context) -> None:
     try:
         from bench.run import main
     except ImportError:
-        raise EngineError("benches live in the source checkout, not in the wheel; clone it and use ./run bench") from None
+        raise EngineError(
+            "benches live in the source checkout, not in the wheel; clone it and use ./run bench"
+        ) from None
     main(context.args)
 
 

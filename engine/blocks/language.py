@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,8 +41,9 @@ class TokenIO:
         def io(name: str, shape: tuple[int, ...], dtype: str = "i32") -> Tensor:
             return arena.alloc(name, shape, dtype, "io")
 
-        return TokenIO(io("ids", (chunk,)), io("rows", (1,)), io("last", (1,)), io("logits", (1, vocab), "f32"),
-                       io("score_logits", (score_chunk, vocab), "f32"), SamplerState.empty(arena, vocab, context))  # fmt: skip
+        logits, scores = io("logits", (1, vocab), "f32"), io("score_logits", (score_chunk, vocab), "f32")
+        sampler = SamplerState.empty(arena, vocab, context)
+        return TokenIO(io("ids", (chunk,)), io("rows", (1,)), io("last", (1,)), logits, scores, sampler)
 
 
 @dataclass
@@ -148,13 +149,17 @@ class LanguageModel(Model):
     def _set(self, buffer: Tensor, value: int) -> None:
         buffer.numpy()[0] = value
 
-    def _prefill(self, tokens: list[int], boundaries: Sequence[int] = (), plan: str = "prefill", chunk: int | None = None) -> None:
+    def _prefill(
+        self, tokens: list[int], boundaries: Sequence[int] = (), plan: str = "prefill", chunk: int | None = None
+    ) -> None:
         """Runs tokens[len(live):] through the network in chunks; snapshots at the given lengths."""
         cache, io, run = self._cache, self.io, self.plans[plan].replay
         assert cache.live is not None
         start, limit = len(cache.live), chunk or self.chunk
         ids = io.ids.numpy()
-        cuts = sorted({b for b in boundaries if start < b < len(tokens)} | set(range(0, len(tokens), SNAPSHOT_EVERY)) - {0})
+        cuts = sorted(
+            {b for b in boundaries if start < b < len(tokens)} | set(range(0, len(tokens), SNAPSHOT_EVERY)) - {0}
+        )
         at, live = start, cache.live
         cache.live = None  # unknown until the last chunk is through
         while at < len(tokens):
@@ -190,7 +195,9 @@ class LanguageModel(Model):
     # ------------------------------------------------------------------------------------------ checks
     def tokenize(self, text: str) -> list[int]:
         if self.tokenizer is None:
-            raise TokenizerError(f"model {self.name!r} has no tokenizer.json; pass token ids, or add the file to its folder")
+            raise TokenizerError(
+                f"model {self.name!r} has no tokenizer.json; pass token ids, or add the file to its folder"
+            )
         return self.tokenizer.encode(text)
 
     def _prompt(self, prompt: str | Sequence[int], room: int = 1) -> list[int]:
@@ -224,7 +231,7 @@ class LanguageModel(Model):
     def _tokens(
         self, prompt: list[int], budget: int, options: SamplingOptions, boundaries: Sequence[int], timing: Timing,
         ignore_eos: bool, force: tuple[int, list[int]] | None,
-    ) -> Iterator[int]:  # fmt: skip
+    ) -> Generator[int, None, None]:  # fmt: skip
         """Token ids, one per step. `force` = (step, ids): from that step on the drawn ids are replaced by these,
         unless the first of them was drawn before. Keeps the cache's record right however it is left."""
         s, replay, clock = self.io.sampler, self.plans["decode"].replay, time.perf_counter
@@ -265,7 +272,9 @@ class LanguageModel(Model):
         parser: ResponseStream | StopScanner, ignore_eos: bool, force: tuple[int, list[int]] | None,
     ) -> Iterator[Event]:  # fmt: skip
         if self.tokenizer is None:
-            raise TokenizerError(f"model {self.name!r} has no tokenizer.json; generate() with token ids returns ids only")
+            raise TokenizerError(
+                f"model {self.name!r} has no tokenizer.json; generate() with token ids returns ids only"
+            )
         with self._use():
             timing, tokens = Timing(), []
             decoder = self.tokenizer.stream()
@@ -336,13 +345,15 @@ class LanguageModel(Model):
         """Continues a text or a list of token ids. Greedy unless temperature is given. See `stream`."""
         if self.tokenizer is None and not isinstance(prompt, str):
             return self._generate_ids(prompt, max_new_tokens, self._options(stop, sampling), ignore_eos)
-        stream = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)
+        stream = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)  # type: ignore[arg-type]
         for _ in stream:
             pass
         assert stream.result is not None
         return stream.result
 
-    def _generate_ids(self, prompt: Sequence[int], max_new: int | None, options: SamplingOptions, ignore_eos: bool) -> Generation:
+    def _generate_ids(
+        self, prompt: Sequence[int], max_new: int | None, options: SamplingOptions, ignore_eos: bool
+    ) -> Generation:
         tokens = self._prompt(prompt)
         budget, timing = self._budget(max_new, len(tokens)), Timing()
         with self._use():
@@ -351,7 +362,7 @@ class LanguageModel(Model):
         return Generation("", ids, reason, len(tokens), self.reused_tokens, timing, Message(""))
 
     def chat(self, messages: list[dict], **kwargs: object) -> Generation:
-        """One assistant turn: `.message.content`, `.message.reasoning`, `.message.tool_calls`. Arguments as `stream`."""
+        """One assistant turn: message.content, message.reasoning, message.tool_calls. Arguments as `stream`."""
         if not isinstance(messages, (list, tuple)) or not messages or not isinstance(messages[0], dict):
             raise InputError("chat takes a non-empty list of messages such as {'role': 'user', 'content': 'Hi'}")
         stream = self.stream(list(messages), **kwargs)  # type: ignore[arg-type]
@@ -376,9 +387,11 @@ class LanguageModel(Model):
         with self._use():
             for at, block in self._score_blocks(tokens):
                 n = min(len(block), len(tokens) - 1 - at)
+                if n == 0:
+                    break
                 rows = block[:n].astype(np.float64)
-                peak = rows.max(1, keepdims=True) if n else 0
-                norm = np.log(np.exp(rows - peak).sum(1)) + (peak[:, 0] if n else 0)
+                peak = rows.max(1, keepdims=True)
+                norm = np.log(np.exp(rows - peak).sum(1)) + peak[:, 0]
                 out[at : at + n] = rows[np.arange(n), tokens[at + 1 : at + 1 + n]] - norm
         return Score(tokens, out)
 
@@ -410,9 +423,13 @@ class LanguageModel(Model):
     def _render(self, messages: list[dict], tools: list[dict] | None, thinking: bool) -> tuple[list[int], list[int]]:
         """Prompt tokens, and where to snapshot: before the generation prompt, which later turns rewrite."""
         if self.template is None:
-            raise TokenizerError(f"model {self.name!r} has no chat template; add chat_template.jinja, or use generate()")
+            raise TokenizerError(
+                f"model {self.name!r} has no chat template; add chat_template.jinja, or use generate()"
+            )
         text = self.template.render(messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking)
         tokens = self._prompt(text)
-        history = self.tokenize(self.template.render(messages, tools=tools, add_generation_prompt=False, enable_thinking=thinking))
+        history = self.tokenize(
+            self.template.render(messages, tools=tools, add_generation_prompt=False, enable_thinking=thinking)
+        )
         boundary = next((i for i, (a, b) in enumerate(zip(history, tokens)) if a != b), min(len(history), len(tokens)))
         return tokens, [boundary]

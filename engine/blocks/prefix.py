@@ -45,7 +45,9 @@ class PrefixCache:
         limit = len(prompt) - 1  # the last token must run, its logits are needed
         if self.live is not None and len(self.live) <= limit and prompt[: len(self.live)] == self.live:
             return len(self.live)
-        fits = [s for s in self._slots if s.used >= 0 and len(s.tokens) <= limit and prompt[: len(s.tokens)] == s.tokens]
+        fits = [
+            s for s in self._slots if s.used >= 0 and len(s.tokens) <= limit and prompt[: len(s.tokens)] == s.tokens
+        ]
         if not fits:
             self.clear()
             return 0

@@ -27,7 +27,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value)):
                 raise InputError(f"{name}={value!r} is not a finite number")
-            if not (low < value <= high if open_low else low <= value <= high):
+            low_ok = low < float(value) if open_low else low <= float(value)
+            if not (low_ok and float(value) <= high):
                 raise InputError(f"{name}={value!r} is outside {'(' if open_low else '['}{low:g}, {high:g}]")
 
         number("temperature", 0, 100)
@@ -36,7 +37,7 @@ class SamplingOptions:
         number("repetition_penalty", 0, 100, open_low=True)
         for name, high in (("top_k", 2**31 - 1), ("seed", 2**64 - 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) <= high:
                 raise InputError(f"{name}={value!r} is not an integer in [0, {high}]")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))

@@ -37,8 +37,14 @@ class KVCache:
         if format not in ("f32", "bf16") or ctx % 16 or ctx < 16:
             raise InputError(f"KV cache {name!r}: format {format!r} must be f32 or bf16 and ctx {ctx} a multiple of 16")
         k, v = KVCache.nbytes(kv_heads, d, ctx, format)
-        return KVCache(arena.alloc(f"{name}.k", (k,), "u8", "kv"), arena.alloc(f"{name}.v", (v,), "u8", "kv"),
-                       kv_heads, d, ctx, format)  # fmt: skip
+        return KVCache(
+            arena.alloc(f"{name}.k", (k,), "u8", "kv"),
+            arena.alloc(f"{name}.v", (v,), "u8", "kv"),
+            kv_heads,
+            d,
+            ctx,
+            format,
+        )
 
 
 def workspace_bytes(m: int, heads: int, d: int, ctx: int) -> int:
@@ -81,8 +87,11 @@ def attention(
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     n = c.past + c.t
     f = np.float32
-    return {"q": rng.standard_normal((n, c.h * c.d)).astype(f), "k": rng.standard_normal((n, c.kv * c.d)).astype(f),
-            "v": rng.standard_normal((n, c.kv * c.d)).astype(f)}  # fmt: skip
+    return {
+        "q": rng.standard_normal((n, c.h * c.d)).astype(f),
+        "k": rng.standard_normal((n, c.kv * c.d)).astype(f),
+        "v": rng.standard_normal((n, c.kv * c.d)).astype(f),
+    }
 
 
 def _heads(c: Case, a: Arrays):
@@ -110,8 +119,8 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
     arena = Arena()
     ctx = (c.past + c.t + 15) // 16 * 16
     cache = KVCache.empty(arena, "kv", c.kv, c.d, ctx, c.dtype)
-    for t in (cache.k, cache.v):  # what was never appended must not be read
-        t.numpy()[...] = 0xFF
+    for part in (cache.k, cache.v):  # what was never appended must not be read
+        part.numpy()[...] = 0xFF
     pos = arena.alloc("pos", (1,), "i32", "io")
     ws = arena.alloc("ws", (workspace_bytes(c.past + c.t, c.h, c.d, ctx),), "u8")
     t = {k: as_tensor(v) for k, v in a.items()}
@@ -152,11 +161,31 @@ register(
     Op(
         name="attention",
         cases=[
-            *cases("tiny", *({"t": t, "past": p, "h": 8, "kv": 2, "d": 16, "dtype": f} for f in ("f32", "bf16")
-                             for t, p in ((1, 0), (1, 5), (3, 0), (16, 0), (33, 40), (5, 129)))),
-            *cases("odd", *({"t": t, "past": p, "h": h, "kv": kv, "d": d, "dtype": f} for f in ("f32", "bf16")
-                            for t, p, h, kv, d in ((2, 3, 3, 1, 13), (1, 2100, 4, 2, 20), (131, 7, 6, 3, 12), (4, 1023, 2, 2, 40)))),
-            *cases("real", *({"t": t, "past": p, "h": 32, "kv": 2, "d": 128, "dtype": "bf16"} for t, p in ((1, 1024), (512, 0)))),
+            *cases(
+                "tiny",
+                *(
+                    {"t": t, "past": p, "h": 8, "kv": 2, "d": 16, "dtype": f}
+                    for f in ("f32", "bf16")
+                    for t, p in ((1, 0), (1, 5), (3, 0), (16, 0), (33, 40), (5, 129))
+                ),
+            ),
+            *cases(
+                "odd",
+                *(
+                    {"t": t, "past": p, "h": h, "kv": kv, "d": d, "dtype": f}
+                    for f in ("f32", "bf16")
+                    for t, p, h, kv, d in (
+                        (2, 3, 3, 1, 13),
+                        (1, 2100, 4, 2, 20),
+                        (131, 7, 6, 3, 12),
+                        (4, 1023, 2, 2, 40),
+                    )
+                ),
+            ),
+            *cases(
+                "real",
+                *({"t": t, "past": p, "h": 32, "kv": 2, "d": 128, "dtype": "bf16"} for t, p in ((1, 1024), (512, 0))),
+            ),
         ],
         inputs=_inputs,
         reference=_reference,
@@ -169,4 +198,4 @@ register(
         flops=_flops,
         absent={"cuda": "issue 3: split-KV decode", "triton": "issue 3: causal prefill"},
     )
-)  # fmt: skip
+)

@@ -12,7 +12,7 @@ from engine.runtime.arena import Tensor, as_tensor
 
 
 def gather(table: Tensor, ids: Tensor, out: Tensor, *, rows: Tensor | None = None, label: str = "") -> None:
-    """out[t,:] = table[ids[t],:]; table [V,D] f32 or bf16, ids i32 [T], out [T,D] f32. An id outside [0,V) gives zeros."""
+    """out[t,:] = table[ids[t],:]; table [V,D] f32 or bf16, ids i32 [T], out f32. Ids outside [0,V) give zeros."""
     if table.shape[1] != out.shape[1] or ids.shape[0] < out.shape[0]:
         raise InputError(f"gather {label!r}: table {table.shape}, ids {ids.shape}, out {out.shape} do not fit")
     call("gather", label, nbytes=out.nbytes, table=table, table_dtype=SRC[table.dtype], vocab=table.shape[0],

@@ -89,7 +89,7 @@ class PackedMatrix:
         raw = self.data.numpy()[index * self.matrix_bytes : (index + 1) * self.matrix_bytes].reshape(panels, -1)
         k, g = self.k, self.group
         if self.format == "f32":
-            w = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
+            w: np.ndarray = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
         elif self.format == "bf16":
             pairs = (k + 1) // 2
             bits = raw.view(np.uint16).reshape(panels, pairs, 16, 2).transpose(0, 2, 1, 3).reshape(panels, 16, -1)
@@ -97,6 +97,7 @@ class PackedMatrix:
         else:
             four = self.format == "i4"
             code_bytes = 8 * k if four else 16 * k
+            v: np.ndarray
             codes, rest = raw[:, :code_bytes], np.ascontiguousarray(raw[:, code_bytes : code_bytes + k // g * 32])
             if four:
                 v = codes.reshape(panels, k // 8, 1, 16, 4)
@@ -225,8 +226,9 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
     ws = Arena().alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
     dst = as_tensor(out)
     extra = {"bias": t["bias"], "residual": t["residual"], "act": c.act, "scale": 0.5} if "bias" in t else {}
-    return lambda: gemm(t["x"], w, dst, norm=t.get("norm"), gate=t.get("gate"), ws=ws,
-                        norm_group=c.dims.get("norm_group", 0), **extra)  # fmt: skip
+    return lambda: gemm(
+        t["x"], w, dst, norm=t.get("norm"), gate=t.get("gate"), ws=ws, norm_group=c.dims.get("norm_group", 0), **extra
+    )
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
@@ -248,7 +250,9 @@ def _torch(c: Case, a: Arrays):
 
 
 def _weight_bytes(c: Case) -> int:
-    return _C.gemm_panel_bytes(FORMATS[c.dtype], c.k, (group_for(c.k) or 1) if c.dtype in ("i8", "i4") else 1) * math.ceil(c.n / 16)
+    return _C.gemm_panel_bytes(
+        FORMATS[c.dtype], c.k, (group_for(c.k) or 1) if c.dtype in ("i8", "i4") else 1
+    ) * math.ceil(c.n / 16)
 
 
 _F = ("f32", "bf16", "i8", "i4")
@@ -257,14 +261,38 @@ register(
         name="gemm",
         kernels=("gemm", "gemm_pack", "gemm_peak"),
         cases=[
-            *cases("tiny", *({"m": m, "n": n, "k": k, "dtype": f} for f in _F for m, n, k in
-                             ((1, 16, 64), (2, 48, 128), (7, 33, 96), (15, 80, 64), (29, 100, 160)))),
-            *cases("tiny", *({"m": m, "n": 40, "k": 128, "dtype": f, "prologue": "rms", "epilogue": 1, "act": act}
-                             for f in _F for m, act in ((1, "relu2"), (5, "silu"), (16, "gelu"), (20, "gelu_tanh"), (3, "none")))),
-            *cases("tiny", *({"m": m, "n": 24, "k": 192, "dtype": f, "prologue": "gated", "norm_group": g}
-                             for f in _F for m, g in ((1, 96), (17, 64), (4, 12)))),
-            *cases("odd", *({"m": m, "n": n, "k": k, "dtype": f} for f in ("f32", "bf16")
-                            for m, n, k in ((1, 1, 1), (3, 17, 7), (13, 5, 33), (61, 129, 101)))),
+            *cases(
+                "tiny",
+                *(
+                    {"m": m, "n": n, "k": k, "dtype": f}
+                    for f in _F
+                    for m, n, k in ((1, 16, 64), (2, 48, 128), (7, 33, 96), (15, 80, 64), (29, 100, 160))
+                ),
+            ),
+            *cases(
+                "tiny",
+                *(
+                    {"m": m, "n": 40, "k": 128, "dtype": f, "prologue": "rms", "epilogue": 1, "act": act}
+                    for f in _F
+                    for m, act in ((1, "relu2"), (5, "silu"), (16, "gelu"), (20, "gelu_tanh"), (3, "none"))
+                ),
+            ),
+            *cases(
+                "tiny",
+                *(
+                    {"m": m, "n": 24, "k": 192, "dtype": f, "prologue": "gated", "norm_group": g}
+                    for f in _F
+                    for m, g in ((1, 96), (17, 64), (4, 12))
+                ),
+            ),
+            *cases(
+                "odd",
+                *(
+                    {"m": m, "n": n, "k": k, "dtype": f}
+                    for f in ("f32", "bf16")
+                    for m, n, k in ((1, 1, 1), (3, 17, 7), (13, 5, 33), (61, 129, 101))
+                ),
+            ),
             *cases("odd", {"m": 700, "n": 50, "k": 320, "dtype": "i8"}, {"m": 700, "n": 50, "k": 320, "dtype": "f32"}),
             *cases("real", *({"m": m, "n": 10304, "k": 2688, "dtype": f} for f in _F for m in (1, 24, 512))),
         ],
@@ -279,4 +307,4 @@ register(
         flops=lambda c: 2 * c.m * c.n * c.k,
         absent={"cuda": "issue 3: decode GEMV in CUDA C++", "triton": "issue 3: prefill GEMM in Triton"},
     )
-)  # fmt: skip
+)

@@ -9,8 +9,8 @@ import numpy as np
 from engine import _C
 from engine.errors import InputError
 from engine.ops.dispatch import call
-from engine.ops.gemm import (ACTS, FORMATS, PackedMatrix, activate, group_for, quantised_activations, rms_norm,
-                             workspace_bytes as gemm_workspace)  # fmt: skip
+from engine.ops.gemm import ACTS, FORMATS, PackedMatrix, activate, group_for, quantised_activations, rms_norm
+from engine.ops.gemm import workspace_bytes as gemm_workspace
 from engine.ops.registry import Arrays, Case, Op, cases, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
 
@@ -31,9 +31,14 @@ class Routing:
     @staticmethod
     def empty(arena: Arena, name: str, m: int, experts: int, top_k: int) -> Routing:
         return Routing(
-            arena.alloc(f"{name}.ids", (m, top_k), "i32"), arena.alloc(f"{name}.weights", (m, top_k)),
-            arena.alloc(f"{name}.offsets", (experts + 1,), "i32"), arena.alloc(f"{name}.order", (m * top_k,), "i32"),
-            arena.alloc(f"{name}.logits", (m, experts)), experts, top_k)  # fmt: skip
+            arena.alloc(f"{name}.ids", (m, top_k), "i32"),
+            arena.alloc(f"{name}.weights", (m, top_k)),
+            arena.alloc(f"{name}.offsets", (experts + 1,), "i32"),
+            arena.alloc(f"{name}.order", (m * top_k,), "i32"),
+            arena.alloc(f"{name}.logits", (m, experts)),
+            experts,
+            top_k,
+        )
 
 
 def moe_route(
@@ -59,7 +64,9 @@ def moe_route(
     if gate.format != "f32" or (gate.n, gate.k) != (to.experts, x.shape[1]):
         raise InputError(f"moe_route {label!r}: gate must be f32 [{to.experts}, {x.shape[1]}]")
     if not 1 <= to.top_k <= to.experts or to.experts % n_group or not 1 <= topk_group <= n_group:
-        raise InputError(f"moe_route {label!r}: top_k {to.top_k}, groups {n_group}/{topk_group} do not fit {to.experts} experts")
+        raise InputError(
+            f"moe_route {label!r}: top_k {to.top_k}, groups {n_group}/{topk_group} do not fit {to.experts} experts"
+        )
     call("moe_route", label, nbytes=gate.matrix_bytes, x=x, ldx=x.ld, norm=norm, eps=eps,
          gate=gate.data, bias=bias, logits=to.logits, ids=to.ids,
          weights=to.weights, offsets=to.offsets, order=to.order, ws=ws,
@@ -130,10 +137,13 @@ def moe_workspace(m: int, d: int, up: PackedMatrix, top_k: int, shared: PackedMa
     a = (FORMATS[up.format], up.group, FORMATS[s.format])
     inner_group = group_for(up.n) or 1
     shared_inner = group_for(s.n) or 1
-    return max(gemm_workspace(m, d), _C.moe_up_workspace(m, top_k, d, *a, s.group),
-               _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, a[0], inner_group, a[2], shared_inner),
-               # the down matrices may stay unquantised where K does not divide
-               _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, 0, 1, 0, 1))  # fmt: skip
+    return max(
+        gemm_workspace(m, d),
+        _C.moe_up_workspace(m, top_k, d, *a, s.group),
+        _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, a[0], inner_group, a[2], shared_inner),
+        # the down matrices may stay unquantised where K does not divide
+        _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, 0, 1, 0, 1),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -144,9 +154,14 @@ def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
         return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32)
 
     out = {
-        "x": w(c.t, c.d) * c.d**0.5, "norm": 1 + 0.1 * w(c.d), "gate": w(c.e, c.d), "bias": 0.3 * w(c.e) * c.e**0.5,
-        "up": w(c.e, c.i, c.d), "down": w(c.e, c.d, c.i), "residual": w(c.t, c.d),
-    }  # fmt: skip
+        "x": w(c.t, c.d) * c.d**0.5,
+        "norm": 1 + 0.1 * w(c.d),
+        "gate": w(c.e, c.d),
+        "bias": 0.3 * w(c.e) * c.e**0.5,
+        "up": w(c.e, c.i, c.d),
+        "down": w(c.e, c.d, c.i),
+        "residual": w(c.t, c.d),
+    }
     if c.s:
         out |= {"shared_up": w(c.s, c.d), "shared_down": w(c.d, c.s)}
     return out
@@ -205,7 +220,9 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
     dst = as_tensor(out)
 
     def run() -> None:
-        moe_route(t["x"], t["norm"], gate, t["bias"], routing, scale=2.5, n_group=c.ng, topk_group=max(1, c.ng // 2), ws=ws)
+        moe_route(
+            t["x"], t["norm"], gate, t["bias"], routing, scale=2.5, n_group=c.ng, topk_group=max(1, c.ng // 2), ws=ws
+        )
         moe_up(t["x"], t["norm"], up, routing, h, shared=sup, hs=hs, ws=ws)
         moe_down(h, down, routing, dst, residual=t["residual"], shared=sdown, hs=hs, ws=ws)
 
@@ -257,13 +274,30 @@ register(
         kernels=("moe_route", "moe_up", "moe_down"),
         cases=[
             *cases("tiny", *({"t": t, **_D, "dtype": f} for f in FORMATS for t in (1, 2, 9, 40))),
-            *cases("tiny", *({"t": t, **_D, "ng": 4, "dtype": "f32"} for t in (1, 7)), {"t": 5, **_D, "s": 0, "dtype": "f32"},
-                   {"t": 1, **_D, "s": 0, "dtype": "i4"}),
-            *cases("odd", *({"t": t, "e": 5, "k": 2, "i": 29, "s": 43, "d": 37, "ng": 1, "dtype": f} for f in ("f32", "bf16") for t in (1, 6)),
-                   {"t": 6, "e": 6, "k": 6, "i": 96, "s": 32, "d": 160, "ng": 3, "dtype": "i4"},
-                   {"t": 3, "e": 4, "k": 1, "i": 24, "s": 40, "d": 64, "ng": 1, "dtype": "i8"}),
-            *cases("real", *({"t": t, "e": 16, "k": 6, "i": 1856, "s": 3712, "d": 2688, "ng": 1, "dtype": f}
-                             for f in ("bf16", "i4") for t in (1, 512))),
+            *cases(
+                "tiny",
+                *({"t": t, **_D, "ng": 4, "dtype": "f32"} for t in (1, 7)),
+                {"t": 5, **_D, "s": 0, "dtype": "f32"},
+                {"t": 1, **_D, "s": 0, "dtype": "i4"},
+            ),
+            *cases(
+                "odd",
+                *(
+                    {"t": t, "e": 5, "k": 2, "i": 29, "s": 43, "d": 37, "ng": 1, "dtype": f}
+                    for f in ("f32", "bf16")
+                    for t in (1, 6)
+                ),
+                {"t": 6, "e": 6, "k": 6, "i": 96, "s": 32, "d": 160, "ng": 3, "dtype": "i4"},
+                {"t": 3, "e": 4, "k": 1, "i": 24, "s": 40, "d": 64, "ng": 1, "dtype": "i8"},
+            ),
+            *cases(
+                "real",
+                *(
+                    {"t": t, "e": 16, "k": 6, "i": 1856, "s": 3712, "d": 2688, "ng": 1, "dtype": f}
+                    for f in ("bf16", "i4")
+                    for t in (1, 512)
+                ),
+            ),
         ],
         inputs=_inputs,
         reference=_reference,
@@ -276,4 +310,4 @@ register(
         flops=lambda c: 4 * c.t * c.d * (c.k * c.i + c.s) + 2 * c.t * c.e * c.d,
         absent={"cuda": "issue 3: fused decode dispatch", "triton": "issue 3: grouped GEMM"},
     )
-)  # fmt: skip
+)

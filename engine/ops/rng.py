@@ -33,8 +33,10 @@ def philox_torch(n: int, seed: int, offset: int = 0, stream: int = 0):
         return (high >> 16) & mask, ((high << 16) | (low & 0xFFFF)) & mask
 
     blocks = (n + 3) // 4
-    x = [torch.arange(blocks, dtype=torch.int64), *(torch.full((blocks,), v & mask, dtype=torch.int64)
-                                                    for v in (offset, offset >> 32, stream))]  # fmt: skip
+    x = [
+        torch.arange(blocks, dtype=torch.int64),
+        *(torch.full((blocks,), v & mask, dtype=torch.int64) for v in (offset, offset >> 32, stream)),
+    ]
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         h0, l0 = mulhilo(0xD2511F53, x[0])
@@ -87,9 +89,22 @@ register(
     Op(
         name="rng",
         cases=[
-            *cases("tiny", *({"n": n, "draw": k, "dtype": d} for k, d in (("bits", "exact"), ("uniform", "exact"), ("normal", "f32"))
-                             for n in (4, 1000))),
-            *cases("odd", *({"n": n, "draw": k, "dtype": d} for k, d in (("bits", "exact"), ("normal", "f32")) for n in (1, 4099, 9001))),
+            *cases(
+                "tiny",
+                *(
+                    {"n": n, "draw": k, "dtype": d}
+                    for k, d in (("bits", "exact"), ("uniform", "exact"), ("normal", "f32"))
+                    for n in (4, 1000)
+                ),
+            ),
+            *cases(
+                "odd",
+                *(
+                    {"n": n, "draw": k, "dtype": d}
+                    for k, d in (("bits", "exact"), ("normal", "f32"))
+                    for n in (1, 4099, 9001)
+                ),
+            ),
             *cases("real", {"n": 1 << 20, "draw": "normal", "dtype": "f32"}),
         ],
         inputs=_inputs,
@@ -102,4 +117,4 @@ register(
         flops=lambda c: 30 * c.n,
         absent={},
     )
-)  # fmt: skip
+)

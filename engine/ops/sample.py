@@ -34,13 +34,21 @@ class SamplerState:
             return arena.alloc(f"sampler.{name}", (n,), dtype, "io")
 
         return SamplerState(
-            io("control", 4, "f32"), io("limits", 1, "i32"), io("seed", 1, "u64"), io("seen", vocab, "u8"),
-            io("token", 1, "i32"), io("history", capacity, "i32"), io("pos", 1, "i32"), io("step", 1, "i32"),
-            io("work", vocab, "f32"), io("ws", _C.sample_workspace(vocab), "u8"))  # fmt: skip
+            io("control", 4, "f32"),
+            io("limits", 1, "i32"),
+            io("seed", 1, "u64"),
+            io("seen", vocab, "u8"),
+            io("token", 1, "i32"),
+            io("history", capacity, "i32"),
+            io("pos", 1, "i32"),
+            io("step", 1, "i32"),
+            io("work", vocab, "f32"),
+            io("ws", _C.sample_workspace(vocab), "u8"),
+        )
 
 
 def sample(logits: Tensor, state: SamplerState, *, label: str = "sample") -> None:
-    """Draws one token from logits [V] f32 into state.token; appends it to history, marks it seen, advances pos, step."""
+    """Draws one token from logits [V] f32 into state.token; records it in history and seen, advances pos and step."""
     s = state
     call("sample", label, nbytes=logits.nbytes, logits=logits, vocab=logits.shape[-1],
          control=s.control, limits=s.limits, seed=s.seed, seen=s.seen,
@@ -81,8 +89,15 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     logits, seen = torch.from_numpy(a["logits"]), torch.from_numpy(a["seen"])
     greedy = c.temp == 0
-    x = filtered_logits(logits, seen, temperature=1.0 if greedy else c.temp, top_k=0 if greedy else c.k,
-                        top_p=1.0 if greedy else c.p, min_p=0.0 if greedy else c.minp, penalty=c.pen)  # fmt: skip
+    x = filtered_logits(
+        logits,
+        seen,
+        temperature=1.0 if greedy else c.temp,
+        top_k=0 if greedy else c.k,
+        top_p=1.0 if greedy else c.p,
+        min_p=0.0 if greedy else c.minp,
+        penalty=c.pen,
+    )
     picks = []
     for step in range(c.draws):
         score = x
@@ -125,7 +140,9 @@ def _torch(c: Case, a: Arrays):
             x = x.masked_fill(x < x.topk(c.k).values[-1], float("-inf"))
         if c.p < 1:
             p, order = x.softmax(-1).sort(descending=True)
-            x = x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(0, order, p.cumsum(-1) - p > c.p), float("-inf"))
+            x = x.masked_fill(
+                torch.zeros_like(x, dtype=torch.bool).scatter(0, order, p.cumsum(-1) - p > c.p), float("-inf")
+            )
         return torch.multinomial(x.softmax(-1), 1)
 
     return draw
@@ -136,9 +153,29 @@ register(
     Op(
         name="sample",
         cases=[
-            *cases("tiny", *({"v": 500, **_S, **o} for o in ({}, {"temp": 0}, {"temp": 0, "pen": 1.7}, {"k": 5}, {"p": 0.7},
-                                                             {"minp": 0.1}, {"k": 20, "p": 0.9, "minp": 0.02, "pen": 1.2}, {"k": 1}))),
-            *cases("odd", *({"v": v, **_S, **o} for v, o in ((1, {}), (3, {"k": 2}), (4097, {"p": 0.95}), (9999, {"k": 50, "p": 0.5})))),
+            *cases(
+                "tiny",
+                *(
+                    {"v": 500, **_S, **o}
+                    for o in (
+                        {},
+                        {"temp": 0},
+                        {"temp": 0, "pen": 1.7},
+                        {"k": 5},
+                        {"p": 0.7},
+                        {"minp": 0.1},
+                        {"k": 20, "p": 0.9, "minp": 0.02, "pen": 1.2},
+                        {"k": 1},
+                    )
+                ),
+            ),
+            *cases(
+                "odd",
+                *(
+                    {"v": v, **_S, **o}
+                    for v, o in ((1, {}), (3, {"k": 2}), (4097, {"p": 0.95}), (9999, {"k": 50, "p": 0.5}))
+                ),
+            ),
             *cases("real", {"v": 131072, **_S, "temp": 1.0, "p": 0.95}, {"v": 131072, **_S, "temp": 0}),
         ],
         inputs=_inputs,
@@ -151,4 +188,4 @@ register(
         flops=lambda c: 0,
         absent={"cuda": "issue 3: on-device sampler", "triton": "one block's reduction: no tiles"},
     )
-)  # fmt: skip
+)

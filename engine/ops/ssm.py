@@ -79,11 +79,16 @@ def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     pad = np.zeros(s.state, f)
     pad[..., : c.p] = rng.standard_normal((c.h, c.n, c.p))
     out = {
-        "xbc": rng.standard_normal((c.t, s.channels)), "dt": rng.standard_normal((c.t, c.h)),
-        "conv_w": rng.standard_normal((c.k, s.channels)) / c.k**0.5, "conv_b": 0.1 * rng.standard_normal(s.channels),
-        "conv_state": rng.standard_normal((c.k - 1, s.channels)), "a": -rng.uniform(1, 16, c.h),
-        "d_skip": rng.standard_normal(c.h), "dt_bias": rng.standard_normal(c.h) - 3, "state": pad,
-    }  # fmt: skip
+        "xbc": rng.standard_normal((c.t, s.channels)),
+        "dt": rng.standard_normal((c.t, c.h)),
+        "conv_w": rng.standard_normal((c.k, s.channels)) / c.k**0.5,
+        "conv_b": 0.1 * rng.standard_normal(s.channels),
+        "conv_state": rng.standard_normal((c.k - 1, s.channels)),
+        "a": -rng.uniform(1, 16, c.h),
+        "d_skip": rng.standard_normal(c.h),
+        "dt_bias": rng.standard_normal(c.h) - 3,
+        "state": pad,
+    }
     return {k: np.ascontiguousarray(v, f) for k, v in out.items()}
 
 
@@ -96,13 +101,19 @@ def _reference(c: Case, arrays: Arrays) -> Arrays:
     u = torch.stack([(a["conv_w"] * seq[t : t + c.k]).sum(0) for t in range(c.t)]) + a["conv_b"]
     u = torch.nn.functional.silu(u)
     x = u[:, :di].reshape(c.t, c.h, c.p)
-    b, cc = (u[:, di + i * gn : di + (i + 1) * gn].reshape(c.t, c.g, c.n).repeat_interleave(c.h // c.g, 1) for i in (0, 1))
+    b, cc = (
+        u[:, di + i * gn : di + (i + 1) * gn].reshape(c.t, c.g, c.n).repeat_interleave(c.h // c.g, 1) for i in (0, 1)
+    )
     dt = torch.nn.functional.softplus(a["dt"] + a["dt_bias"]).clamp(0.0, float("inf"))
     state, ys = a["state"][..., : c.p], []
     for t in range(c.t):
         state = (dt[t] * a["a"]).exp()[:, None, None] * state + b[t][:, :, None] * (dt[t][:, None] * x[t])[:, None, :]
         ys.append((state * cc[t][:, :, None]).sum(1) + a["d_skip"][:, None] * x[t])
-    return {"out": torch.stack(ys).reshape(c.t, di).numpy(), "state": state.numpy(), "conv_state": seq[-(c.k - 1) :].numpy()}
+    return {
+        "out": torch.stack(ys).reshape(c.t, di).numpy(),
+        "state": state.numpy(),
+        "conv_state": seq[-(c.k - 1) :].numpy(),
+    }
 
 
 def _call(c: Case, arrays: Arrays, out: np.ndarray):
@@ -111,7 +122,7 @@ def _call(c: Case, arrays: Arrays, out: np.ndarray):
     u = as_tensor(np.zeros((c.t, s.channels), np.float32))
     dst = as_tensor(out)
     names = ("conv_w", "conv_b", "conv_state", "a", "d_skip", "dt_bias", "state")
-    return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, **{n: t[n] for n in names})
+    return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, **{n: t[n] for n in names})  # type: ignore[arg-type]
 
 
 def _run(c: Case, arrays: Arrays) -> Arrays:
@@ -135,8 +146,10 @@ def _torch(c: Case, arrays: Arrays):
         state, ys = a["state"][..., : c.p], []
         for t in range(c.t):
             x = u[t, :di].reshape(c.h, c.p)
-            b, cc = (u[t, di + i * c.g * c.n : di + (i + 1) * c.g * c.n].reshape(c.g, c.n).repeat_interleave(c.h // c.g, 0)
-                     for i in (0, 1))  # fmt: skip
+            b, cc = (
+                u[t, di + i * c.g * c.n : di + (i + 1) * c.g * c.n].reshape(c.g, c.n).repeat_interleave(c.h // c.g, 0)
+                for i in (0, 1)
+            )
             state = (dt[t] * a["a"]).exp()[:, None, None] * state + b[:, :, None] * (dt[t][:, None] * x)[:, None, :]
             ys.append((state * cc[:, :, None]).sum(1) + a["d_skip"][:, None] * x)
         return torch.stack(ys)
@@ -149,9 +162,18 @@ register(
         name="ssm",
         cases=[
             *cases("tiny", *({"t": t, "h": 4, "p": 16, "g": 2, "n": 8, "k": 4} for t in (1, 2, 3, 4, 5, 17))),
-            *cases("odd", {"t": 7, "h": 6, "p": 12, "g": 3, "n": 5, "k": 2}, {"t": 9, "h": 2, "p": 100, "g": 1, "n": 17, "k": 3},
-                   {"t": 1, "h": 3, "p": 33, "g": 3, "n": 24, "k": 4}, {"t": 130, "h": 8, "p": 20, "g": 2, "n": 16, "k": 4}),
-            *cases("real", {"t": 1, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4}, {"t": 128, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4}),
+            *cases(
+                "odd",
+                {"t": 7, "h": 6, "p": 12, "g": 3, "n": 5, "k": 2},
+                {"t": 9, "h": 2, "p": 100, "g": 1, "n": 17, "k": 3},
+                {"t": 1, "h": 3, "p": 33, "g": 3, "n": 24, "k": 4},
+                {"t": 130, "h": 8, "p": 20, "g": 2, "n": 16, "k": 4},
+            ),
+            *cases(
+                "real",
+                {"t": 1, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4},
+                {"t": 128, "h": 64, "p": 64, "g": 8, "n": 128, "k": 4},
+            ),
         ],
         inputs=_inputs,
         reference=_reference,
@@ -163,4 +185,4 @@ register(
         flops=lambda c: c.t * (6 * c.h * c.n * c.p + 2 * c.k * _shape(c).channels),
         absent={"cuda": "issue 3: decode step", "triton": "issue 3: chunked scan for prefill"},
     )
-)  # fmt: skip
+)

@@ -15,7 +15,7 @@ from engine import _C
 from engine.errors import InputError, MemoryPlanError, PlanError
 from engine.runtime import cuda
 
-DTYPES: dict[str, tuple[int, type]] = {
+DTYPES: dict[str, tuple[int, Any]] = {
     "f32": (4, np.float32),
     "bf16": (2, np.uint16),
     "f16": (2, np.float16),
@@ -23,7 +23,7 @@ DTYPES: dict[str, tuple[int, type]] = {
     "u64": (8, np.uint64),
     "u8": (1, np.uint8),
 }
-_BY_NUMPY = {np.dtype(np_type): name for name, (_, np_type) in DTYPES.items()}
+_BY_NUMPY: dict[Any, str] = {np.dtype(np_type): name for name, (_, np_type) in DTYPES.items()}
 PARTS = ("weights", "state", "kv", "workspace", "io")
 _SLAB = 1 << 20
 _ALIGN = 64
@@ -98,7 +98,9 @@ class Tensor:
         """A buffer `offset` elements further, of another shape, inside the same memory."""
         size = DTYPES[self.dtype][0]
         if offset < 0 or (offset + math.prod(shape)) * size > self.nbytes:
-            raise InputError(f"slice [{offset}, +{math.prod(shape)}) leaves a buffer of {math.prod(self.shape)} elements")
+            raise InputError(
+                f"slice [{offset}, +{math.prod(shape)}) leaves a buffer of {math.prod(self.shape)} elements"
+            )
         return Tensor(self.address + offset * size, tuple(shape), self.dtype, self.owner, self.device)
 
 
@@ -149,7 +151,9 @@ class Arena:
         except MemoryPlanError:
             raise
         except MemoryError:
-            raise MemoryPlanError(f"buffer {name!r} needs {nbytes / 1e9:.2f} GB, which this machine does not have") from None
+            raise MemoryPlanError(
+                f"buffer {name!r} needs {nbytes / 1e9:.2f} GB, which this machine does not have"
+            ) from None
         self.allocations += 1
         tensor = Tensor(memory.address + offset, shape, dtype, memory, self.device)
         self.buffers[name] = (part, tensor)

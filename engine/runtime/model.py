@@ -31,7 +31,11 @@ class Explanation:
                 groups.setdefault((n.op, n.impl, n.rejected), []).append(n.label)
             for (op, impl, rejected), labels in groups.items():
                 why = "; ".join(f"{name}: {reason}" for name, reason in rejected)
-                out.append(f"  {op:<11} {impl:<11} x{len(labels):<4} (not {why})" if why else f"  {op:<11} {impl:<11} x{len(labels)}")
+                out.append(
+                    f"  {op:<11} {impl:<11} x{len(labels):<4} (not {why})"
+                    if why
+                    else f"  {op:<11} {impl:<11} x{len(labels)}"
+                )
         out.append("weights:")
         out += [f"  {name:<32} {how}" for name, how in self.weights.items()]
         return "\n".join(out + self.notes)
@@ -74,7 +78,8 @@ class Model:
         if self.closed:
             return f"<{type(self).__name__} {self.name!r} closed>"
         plans = ", ".join(f"{n} {len(p)} nodes" for n, p in self.plans.items())
-        return f"<{type(self).__name__} {self.name!r} on {self.device_name}, {self.memory().total / 1e6:.1f} MB, plans: {plans}>"
+        size = self.memory().total / 1e6
+        return f"<{type(self).__name__} {self.name!r} on {self.device_name}, {size:.1f} MB, plans: {plans}>"
 
     @property
     def device_name(self) -> str:
@@ -86,7 +91,9 @@ class Model:
         if self.closed:
             raise ClosedError(f"model {self.name!r} is closed; load it again")
         if not self._lock.acquire(blocking=False):
-            raise BusyError(f"model {self.name!r} is generating for another caller; wait for it, close its stream, or load a second model")
+            raise BusyError(
+                f"model {self.name!r} is generating for another caller; wait, close its stream, or load a second model"
+            )
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Plan:
         self.name = name
         self.device = target
         self.nodes: list[NodeInfo] = []
-        self._tape = _C.Tape() if target == "cpu" else cuda.tape(target)
+        self._tape: Any = _C.Tape() if target == "cpu" else cuda.tape(target)
         self._calls: list[tuple[int, int, dict]] = []
         self._owners: dict[int, object] = {}
 
@@ -74,7 +75,7 @@ class Plan:
         if self.device != "cpu":
             self._tape.capture()
         # Bound once: a replay then costs one attribute load and one call.
-        self.replay = self._tape.replay
+        self.replay = self._tape.replay  # type: ignore[method-assign]
         return self
 
     def replay(self) -> None:
@@ -131,7 +132,9 @@ class Plan:
         grown = _heap_in_use() - heap
         result.allocations = arena.allocations - taken + (grown > 0)
         if result.allocations:
-            result.problems.append(f"{grown} bytes of heap and {arena.allocations - taken} buffers taken in {replays} replays")
+            result.problems.append(
+                f"{grown} bytes of heap and {arena.allocations - taken} buffers taken in {replays} replays"
+            )
         restore()
         if self.signature() != before:
             result.problems.append("arguments changed between replays")
@@ -139,8 +142,8 @@ class Plan:
 
 
 class _MallInfo(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_size_t) for n in
-                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(n, ctypes.c_size_t) for n in _names.split()]
 
 
 _mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)  # glibc >= 2.33

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from models import tiny
 
 import engine
 from engine.errors import (
@@ -24,7 +25,6 @@ from engine.errors import (
     TokenizerError,
 )
 from engine.io.checkpoint import save
-from models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def test_audit_decode_and_prefill(model):
 def test_two_captures_are_equal(folder):
     """Same arguments but for the addresses: nothing of a step depends on when it was captured."""
     with engine.load(folder, context=64, chunk=8) as a, engine.load(folder, context=64, chunk=8) as b:
-        assert [(n.label, n.op, n.impl) for n in a.plans["decode"].nodes] == [(n.label, n.op, n.impl) for n in b.plans["decode"].nodes]
+        assert [(n.label, n.op, n.impl) for n in a.plans["decode"].nodes] == [
+            (n.label, n.op, n.impl) for n in b.plans["decode"].nodes
+        ]
 
 
 def test_result_does_not_depend_on_threads(folder):
@@ -85,9 +87,11 @@ def test_prefix_reuse_gives_the_same_logits(model):
 
 def test_snapshot_before_a_rewritten_tail(model):
     """The template drops earlier reasoning: the live state misses, the snapshot at the boundary hits."""
-    stream = model._tokens(PROMPT, 4, engine.blocks.sampling.SamplingOptions(), [30], engine.blocks.language.Timing(), True, None)
+    stream = model._tokens(
+        PROMPT, 4, engine.blocks.sampling.SamplingOptions(), [30], engine.blocks.language.Timing(), True, None
+    )
     list(stream)
-    other = PROMPT[:30] + [11, 12, 13]
+    other = [*PROMPT[:30], 11, 12, 13]
     second = model.generate(other, max_new_tokens=1)
     assert second.reused_tokens == 30
     got = model.io.logits.numpy().copy()
@@ -123,7 +127,9 @@ def test_sampling_is_repeatable_and_seeded(model):
 def test_interrupted_generation_leaves_the_model_usable(model):
     want = model.generate(PROMPT, max_new_tokens=8, ignore_eos=True).tokens
     for stop_after in (1, 3):
-        ids = model._tokens(PROMPT, 8, engine.blocks.sampling.SamplingOptions(), [], engine.blocks.language.Timing(), True, None)
+        ids = model._tokens(
+            PROMPT, 8, engine.blocks.sampling.SamplingOptions(), [], engine.blocks.language.Timing(), True, None
+        )
         for _ in range(stop_after):
             next(ids)
         ids.close()
@@ -151,6 +157,7 @@ def test_second_thread_is_refused(model):
     errors = []
     ids = model._use()
     with ids:
+
         def other():
             try:
                 model.generate(PROMPT, max_new_tokens=1)
@@ -235,7 +242,10 @@ def _changed(tmp_path, folder, change):
         (lambda t: t.update({"backbone.extra": ("F32", np.zeros(3, np.float32))}), "extra"),
         (lambda t: t.update({"lm_head.weight": ("F32", np.zeros((3, 64), np.float32))}), "lm_head"),
         (lambda t: t["backbone.layers.0.mixer.in_proj.weight"][1].__setitem__((3, 5), np.nan), "in_proj"),
-        (lambda t: t["backbone.layers.1.mixer.experts.2.down_proj.weight"][1].__setitem__((0, 0), np.inf), "experts.2.down"),
+        (
+            lambda t: t["backbone.layers.1.mixer.experts.2.down_proj.weight"][1].__setitem__((0, 0), np.inf),
+            "experts.2.down",
+        ),
         (lambda t: t["backbone.layers.0.norm.weight"][1].__setitem__(0, np.inf), "norm"),
         (lambda t: t["backbone.embeddings.weight"][1].__setitem__((1, 1), np.nan), "embeddings"),
     ],
@@ -260,8 +270,9 @@ def test_fused_experts_and_prefix_spelling(tmp_path, folder, model):
     for i, kind in enumerate(tiny.CONFIG.pattern):
         if kind == "E":
             for which in ("up", "down"):
-                fused[f"model.layers.{i}.mixer.experts.{which}_proj"] = (
-                    "F32", np.stack([t[f"backbone.layers.{i}.mixer.experts.{e}.{which}_proj.weight"][1] for e in range(8)]))  # fmt: skip
+                one = f"backbone.layers.{i}.mixer.experts.{{}}.{which}_proj.weight"
+                stack = np.stack([t[one.format(e)][1] for e in range(8)])
+                fused[f"model.layers.{i}.mixer.experts.{which}_proj"] = ("F32", stack)
     out = tmp_path / "fused"
     out.mkdir()
     shutil.copy(folder / "config.json", out)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models._peer import CASES, peer_cases
 
 import engine
-from models._peer import CASES, peer_cases
 
 pytestmark = pytest.mark.peer
 BOUND = 2e-5  # of the largest logit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.errors import ConfigError, InputError, MemoryPlanError, TokenizerError
@@ -123,11 +124,16 @@ class Nemotron(LanguageModel):
         """
         c = self.config = config
         parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
-        context = _bounded("context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings)
+        context = _bounded(
+            "context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings
+        )
         chunk = min(_bounded("chunk", chunk, 1, 16384), context)
         _bounded("snapshots", snapshots, 0, 64)
         if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
-            raise ConfigError(f"tokenizer.json has {tokenizer.vocab_size} tokens and config.json a vocab_size of {c.vocab_size}; the files do not belong together")
+            raise ConfigError(
+                f"tokenizer.json has {tokenizer.vocab_size} tokens and config.json a vocab_size of {c.vocab_size}; "
+                "the files do not belong together"
+            )
         context = math.ceil(context / 16) * 16
         kv_format = "f32" if parsed == "f32" and quant is None else "bf16"
         arena = Arena()
@@ -150,7 +156,10 @@ class Nemotron(LanguageModel):
         )  # fmt: skip
         self.weight_notes = w.notes
         if w.skipped:
-            self.notes.append(f"skipped {len(w.skipped)} tensors (multi-token prediction): {', '.join(w.skipped[:4])}" + (", ..." if len(w.skipped) > 4 else ""))
+            more = ", ..." if len(w.skipped) > 4 else ""
+            self.notes.append(
+                f"skipped {len(w.skipped)} tensors (multi-token prediction): {', '.join(w.skipped[:4])}{more}"
+            )
         buffers = Buffers(c, w, arena, chunk, context)
         last = arena.alloc("last_row", (1, c.hidden_size))
         arena.seal()
@@ -158,12 +167,18 @@ class Nemotron(LanguageModel):
             self._capture(buffers, last, score_chunk)
 
     @staticmethod
-    def plan(config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None) -> dict[str, int]:
+    def plan(
+        config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None
+    ) -> dict[str, int]:
         """Bytes of weights, kv and state that a load would take, from config.json alone."""
         c = NemotronConfig.from_json(config)
         parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
-        context = _bounded("context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings)
-        return plan_bytes(c, parsed, quant, math.ceil(context / 16) * 16, "f32" if parsed == "f32" and quant is None else "bf16")
+        context = _bounded(
+            "context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings
+        )
+        return plan_bytes(
+            c, parsed, quant, math.ceil(context / 16) * 16, "f32" if parsed == "f32" and quant is None else "bf16"
+        )
 
     # ------------------------------------------------------------------------------------------ the step
     def _capture(self, buffers: Buffers, last: Tensor, score_chunk: int) -> None:
@@ -192,8 +207,11 @@ class Nemotron(LanguageModel):
             self.plans[name] = capture(step, name)
 
     def _head(self, x: Tensor, logits: Tensor, b: Buffers, rows: Tensor | None = None) -> None:
-        w = self.weights
-        gemm(x, w.lm_head, logits, norm=w.norm_f, eps=self.config.layer_norm_epsilon, rows=rows, ws=b.ws, label="lm_head")
+        gemm(x, self.weights.lm_head, logits, norm=self.weights.norm_f, **self._at(b, rows, "lm_head"))
+
+    def _at(self, b: Buffers, rows: Tensor | None, label: str) -> dict[str, Any]:
+        """What every node with a norm prologue takes."""
+        return {"eps": self.config.layer_norm_epsilon, "rows": rows, "ws": b.ws, "label": label}
 
     def _layers(self, b: Buffers, rows: Tensor | None) -> None:
         for i, layer in enumerate(self.weights.layers):
@@ -210,38 +228,41 @@ class Nemotron(LanguageModel):
         c, s = self.config, self._ssm
         assert b.proj is not None and b.u is not None
         di = c.mamba_inner
+        z, xbc, dt = b.proj.columns(0, di), b.proj.columns(di, s.channels), b.proj.columns(di + s.channels, s.heads)
         y = b.y.columns(0, di)
-        gemm(b.x, w.in_proj, b.proj, norm=w.norm, eps=c.layer_norm_epsilon, bias=w.in_bias, rows=rows, ws=b.ws, label=f"{i}.in_proj")
-        ssm(s, b.proj.columns(di, s.channels), b.proj.columns(di + s.channels, s.heads), y, conv_w=w.conv_w,
-            conv_b=w.conv_b, conv_state=self._conv[i], a=w.a, d_skip=w.d_skip, dt_bias=w.dt_bias, state=self._state[i],
-            u=b.u, dt_limit=c.time_step_limit, rows=rows, label=f"{i}.ssm")  # fmt: skip
-        gemm(y, w.out_proj, b.x, norm=w.gated_norm, gate=b.proj.columns(0, di), norm_group=di // c.n_groups,
-             eps=c.layer_norm_epsilon, bias=w.out_bias, residual=b.x, rows=rows, ws=b.ws, label=f"{i}.out_proj")  # fmt: skip
+        gemm(b.x, w.in_proj, b.proj, norm=w.norm, bias=w.in_bias, **self._at(b, rows, f"{i}.in_proj"))
+        ssm(s, xbc, dt, y, conv_w=w.conv_w, conv_b=w.conv_b, conv_state=self._conv[i], a=w.a, d_skip=w.d_skip,
+            dt_bias=w.dt_bias, state=self._state[i], u=b.u, dt_limit=c.time_step_limit, rows=rows,
+            label=f"{i}.ssm")  # fmt: skip
+        gemm(y, w.out_proj, b.x, norm=w.gated_norm, gate=z, norm_group=di // c.n_groups, bias=w.out_bias,
+             residual=b.x, **self._at(b, rows, f"{i}.out_proj"))  # fmt: skip
 
     def _attention(self, i: int, w: Attention, b: Buffers, rows: Tensor | None) -> None:
         c = self.config
         assert b.qkv is not None
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         out = b.y.columns(0, q)
-        gemm(b.x, w.qkv, b.qkv, norm=w.norm, eps=c.layer_norm_epsilon, bias=w.qkv_bias, rows=rows, ws=b.ws, label=f"{i}.qkv")
-        attention(b.qkv.columns(0, q), b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), self._kv[i], self.io.sampler.pos,
-                  out, heads=c.num_attention_heads, rows=rows, ws=b.ws, label=f"{i}.attention")  # fmt: skip
-        gemm(out, w.o_proj, b.x, bias=w.o_bias, residual=b.x, rows=rows, ws=b.ws, label=f"{i}.o_proj")
+        gemm(b.x, w.qkv, b.qkv, norm=w.norm, bias=w.qkv_bias, **self._at(b, rows, f"{i}.qkv"))
+        attention(b.qkv.columns(0, q), b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), self._kv[i],
+                  self.io.sampler.pos, out, heads=c.num_attention_heads, rows=rows, ws=b.ws,
+                  label=f"{i}.attention")  # fmt: skip
+        gemm(out, w.o_proj, b.x, bias=w.o_bias, residual=b.x, **self._at(b, rows, f"{i}.o_proj"))
 
     def _experts(self, i: int, w: Experts, b: Buffers, rows: Tensor | None) -> None:
-        c, eps = self.config, self.config.layer_norm_epsilon
+        c = self.config
         assert b.routing is not None
-        moe_route(b.x, w.norm, w.gate, w.gate_bias, b.routing, scale=c.routed_scaling_factor, norm_topk=c.norm_topk_prob,
-                  n_group=c.n_group, topk_group=c.topk_group, eps=eps, rows=rows, ws=b.ws, label=f"{i}.route")  # fmt: skip
+        moe_route(b.x, w.norm, w.gate, w.gate_bias, b.routing, scale=c.routed_scaling_factor,
+                  norm_topk=c.norm_topk_prob, n_group=c.n_group, topk_group=c.topk_group,
+                  **self._at(b, rows, f"{i}.route"))  # fmt: skip
         moe_up(b.x, w.norm, w.up, b.routing, b.h, shared=w.shared_up, hs=b.hs, up_bias=w.up_bias,
-               shared_bias=w.shared_up_bias, eps=eps, rows=rows, ws=b.ws, label=f"{i}.up")  # fmt: skip
+               shared_bias=w.shared_up_bias, **self._at(b, rows, f"{i}.up"))  # fmt: skip
         moe_down(b.h, w.down, b.routing, b.x, residual=b.x, shared=w.shared_down, hs=b.hs, down_bias=w.down_bias,
                  shared_bias=w.shared_down_bias, rows=rows, ws=b.ws, label=f"{i}.down")  # fmt: skip
 
     def _dense(self, i: int, w: Dense, b: Buffers, rows: Tensor | None) -> None:
         assert b.mlp is not None
-        gemm(b.x, w.up, b.mlp, norm=w.norm, eps=self.config.layer_norm_epsilon, bias=w.up_bias, act="relu2", rows=rows, ws=b.ws, label=f"{i}.up")
-        gemm(b.mlp, w.down, b.x, bias=w.down_bias, residual=b.x, rows=rows, ws=b.ws, label=f"{i}.down")
+        gemm(b.x, w.up, b.mlp, norm=w.norm, bias=w.up_bias, act="relu2", **self._at(b, rows, f"{i}.up"))
+        gemm(b.mlp, w.down, b.x, bias=w.down_bias, residual=b.x, **self._at(b, rows, f"{i}.down"))
 
     @property
     def node_budget(self) -> int:
@@ -264,11 +285,15 @@ def plan_bytes(c: NemotronConfig, dtype: str, quant: str | None, context: int, k
             weights += size * 4
         else:
             layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-            role = ("lm_head" if layer < 0 else {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}[c.pattern[layer]])
+            role = (
+                "lm_head"
+                if layer < 0
+                else {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}[c.pattern[layer]]
+            )
             weights += size * bits[recipe.format(role, shape[1], layer)] / 8
     kv = sum(KVCache.nbytes(c.num_key_value_heads, c.head_dim, context, kv_format)) * c.pattern.count("*")
-    shape = SsmShape(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel)
-    state = c.pattern.count("M") * 4 * (math.prod(shape.state) + (c.conv_kernel - 1) * c.conv_dim)
+    scan = SsmShape(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel)
+    state = c.pattern.count("M") * 4 * (math.prod(scan.state) + (c.conv_kernel - 1) * c.conv_dim)
     return {"weights": int(weights), "kv": kv, "state": state}
 
 
@@ -280,7 +305,9 @@ def _check_memory(c: NemotronConfig, dtype: str, quant: str | None, context: int
         largest = max(parts, key=lambda k: parts[k])
         advice = "load with quant='int4'" if largest == "weights" and quant != "int4" else "lower context="
         listing = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in parts.items())
-        raise MemoryPlanError(f"this model needs {need / 1e9:.2f} GB ({listing}) and the machine has {have / 1e9:.2f} GB; {advice}")
+        raise MemoryPlanError(
+            f"this model needs {need / 1e9:.2f} GB ({listing}) and the machine has {have / 1e9:.2f} GB; {advice}"
+        )
 
 
 def _bounded(name: str, value: int, low: int, high: int) -> int:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from engine.errors import CheckpointError, InputError
 from engine.io.checkpoint import MappedSource, Source, Stack, bf16_to_f32, check_finite, expect, f32_to_bf16
+from engine.io.mapped import Rule
 from engine.models.nemotron.config import NemotronConfig
 from engine.ops.gemm import PackedMatrix, group_for
 from engine.runtime.arena import Arena, Tensor
 
-RULES = [("language_model.backbone.", ""), ("language_model.lm_head.", "lm_head."), ("backbone.", ""), ("model.", ""),
-         (re.compile(r"(?:language_model\.)?mtp\."), None)]  # fmt: skip
+RULES: list[Rule] = [
+    ("language_model.backbone.", ""),
+    ("language_model.lm_head.", "lm_head."),
+    ("backbone.", ""),
+    ("model.", ""),
+    (re.compile(r"(?:language_model\.)?mtp\."), None),
+]
 STACKS = [Stack(r"(.*experts)[.](up|down)_proj", r"\1.{e}.\2_proj.weight")]
 QUANTS = (None, "int8", "int4")
 
@@ -171,7 +178,9 @@ class Loader:
     def __init__(self, c: NemotronConfig, source: MappedSource, arena: Arena, recipe: Recipe, progress: bool) -> None:
         self.c, self.source, self.arena, self.recipe = c, source, arena, recipe
         self.expert_bias = _has_expert_bias(c, source)
-        self.bar = tqdm(total=len(c.pattern) + 2, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False)
+        self.bar = tqdm(
+            total=len(c.pattern) + 2, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False
+        )
 
     def vector(self, name: str, shape: tuple[int, ...] | None = None, fn=None) -> Tensor:
         info = self.source.info(name)
@@ -226,7 +235,9 @@ class Loader:
             d_skip=self.vector(f"{m}.D"),
             dt_bias=self.vector(f"{m}.dt_bias"),
             gated_norm=self.vector(f"{m}.norm.weight"),
-            out_proj=self.matrix(f"{m}.out_proj", [f"{m}.out_proj.weight"], self.recipe.format("mamba", c.mamba_inner, i)),
+            out_proj=self.matrix(
+                f"{m}.out_proj", [f"{m}.out_proj.weight"], self.recipe.format("mamba", c.mamba_inner, i)
+            ),
             out_bias=self.optional(f"{m}.out_proj.bias", c.use_bias),
         )
 
@@ -247,7 +258,9 @@ class Loader:
 
         def stack(which: str, k: int) -> tuple[PackedMatrix, Tensor | None]:
             names = [f"{m}.experts.{e}.{which}_proj" for e in range(n)]
-            packed = self.matrix(f"{m}.experts.{which}", [f"{x}.weight" for x in names], self.recipe.format("experts", k), n)
+            packed = self.matrix(
+                f"{m}.experts.{which}", [f"{x}.weight" for x in names], self.recipe.format("experts", k), n
+            )
             return packed, self.stacked(f"{m}.experts.{which}.bias", [f"{x}.bias" for x in names], self.expert_bias)
 
         def shared(which: str, k: int) -> tuple[PackedMatrix | None, Tensor | None]:
@@ -293,11 +306,11 @@ class Loader:
 
     def load(self) -> Weights:
         c = self.c
-        kinds = {"M": self.mamba, "*": self.attention, "E": self.experts, "-": self.dense}
+        kinds: dict[str, Any] = {"M": self.mamba, "*": self.attention, "E": self.experts, "-": self.dense}
         with self.bar:
             embed = self.embedding()
             self.bar.update()
-            layers = []
+            layers: list[Mamba | Attention | Experts | Dense] = []
             for i, kind in enumerate(c.pattern):
                 layers.append(kinds[kind](i))
                 self.bar.update()
