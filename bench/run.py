@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|model] ...: see --help."""
+"""./run bench [ops|gemm|slice|full|model|plan] ...: see --help."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     full.add_argument("--quant", default="int4")
     model = verbs.add_parser("model", help="nemotron-tiny: quality of each format beside its speed")
     model.add_argument("--problems", type=int, default=100)
+    verbs.add_parser("plan", help="overhead of a replay per node")
     a = parser.parse_args(argv)
     if a.suite == "ops":
         from bench.ops import main as run
@@ -34,6 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         from bench.slice import main as run_slice
 
         run_slice(a.rounds)
+    elif a.suite == "plan":
+        from bench.plan import main as run_plan
+
+        run_plan()
     elif a.suite == "full":
         from bench.full import main as run_full
 

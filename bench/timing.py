@@ -34,22 +34,24 @@ def once(call: Callable[[], object], repeats: int) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 15, turn: float = 0.02, limit: float = 20.0
+    calls: Mapping[str, Callable[[], object]], rounds: int = 15, turn: float = 0.02, limit: float = 20.0, least: int = 5
 ) -> dict[str, Times]:
-    """Each round gives every contestant one turn of `turn` seconds or so; >= 5 rounds, then at most `limit` seconds."""
+    """Each round gives every contestant one turn of `turn` seconds or so; `least` rounds, then at most `limit` seconds."""
     repeats = {}
     for name, call in calls.items():
-        call()
+        first = once(call, 1)
         time.sleep(PARK)
-        repeats[name] = max(1, int(turn / max(once(call, 2), 1e-7)))
+        # A long first call is estimate enough; a short one is mostly warm-up.
+        repeats[name] = 1 if first > 0.2 else max(1, int(turn / max(once(call, 2), 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for n in range(rounds):
         for name, call in calls.items():
             time.sleep(PARK)
-            call()  # wakes this side's threads, untimed
+            if repeats[name] > 1:
+                call()  # wakes this side's threads, untimed
             seconds[name].append(once(call, repeats[name]))
-        if n >= 4 and time.perf_counter() - start > limit:
+        if n >= least - 1 and time.perf_counter() - start > limit:
             break
     return {name: Times(np.array(s)) for name, s in seconds.items()}
 

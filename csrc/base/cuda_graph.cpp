@@ -130,9 +130,9 @@ std::vector<int64_t> CudaTape::replay_timed() {
 
 void run_once(const CudaNode& node, int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
-  // The legacy default stream: ordered after every copy and before the next one.
-  node.fn(node.params, nullptr);
-  check(cudaStreamSynchronize(nullptr), node.label.empty() ? "kernel" : node.label);
+  // Ordered with copies like the legacy default stream, on which dependent launch has no meaning.
+  node.fn(node.params, cudaStreamPerThread);
+  check(cudaStreamSynchronize(cudaStreamPerThread), node.label);
 }
 
 CudaMemory::CudaMemory(size_t bytes, int device) : size_(bytes), device_(device) {

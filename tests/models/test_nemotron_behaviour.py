@@ -50,6 +50,20 @@ def test_audit_decode_and_prefill(model):
     assert model.plans["prefill"].audit(model.arena).ok
 
 
+def test_one_replay_per_token(model, monkeypatch):
+    calls = dict.fromkeys(model.plans, 0)
+    for name, plan in model.plans.items():
+
+        def counted(name=name, replay=plan.replay):
+            calls[name] += 1
+            replay()
+
+        monkeypatch.setattr(plan, "replay", counted)
+    assert len(model.generate(PROMPT, max_new_tokens=20, ignore_eos=True).tokens) == 20
+    # 40 prompt tokens in chunks of 32, the first token from the prompt's logits, one replay for each of the others
+    assert calls == {"prefill": 2, "head": 1, "draw": 1, "decode": 19, "score": 0}
+
+
 def test_two_captures_are_equal(folder):
     """Same arguments but for the addresses: nothing of a step depends on when it was captured."""
     with engine.load(folder, context=64, chunk=8) as a, engine.load(folder, context=64, chunk=8) as b:

@@ -55,13 +55,13 @@ class FakeC:
     def cuda_memory_info(self, ordinal: int) -> tuple[int, int]:
         return 5 << 20, 8 << 20
 
-    def CudaMemory(self, nbytes: int, ordinal: int):  # noqa: N802
+    def CudaMemory(self, nbytes: int, ordinal: int):
         if nbytes > 5 << 20:
             raise MemoryError
         self.calls.append(("memory", ordinal))
         return _C.Memory(nbytes)
 
-    def CudaTape(self, ordinal: int) -> FakeTape:  # noqa: N802
+    def CudaTape(self, ordinal: int) -> FakeTape:
         return FakeTape(ordinal)
 
     def cuda_copy(self, dst: int, src: int, nbytes: int, ordinal: int) -> None:
@@ -147,7 +147,9 @@ def test_no_allocation_inside_a_step(fake):
         capture(lambda: arena.alloc("late", (4,)))
 
 
-@pytest.mark.parametrize(("name", "message"), [("cuda:2", "2 CUDA device"), ("cuda:x", "not one of"), ("tpu", "not one of")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda:2", "2 CUDA device"), ("cuda:x", "not one of"), ("tpu", "not one of")]
+)
 def test_unknown_devices(fake, name, message):
     with pytest.raises(DeviceError, match=message), device.on(name):
         pass
