@@ -35,7 +35,6 @@ def main() -> None:
     one, many = overhead(1), overhead(1001)
     per_node = (many - one) / 1000
     report.add(call_us=one, per_node_us=per_node)
-    print(
-        f"replay call {one:.2f} us, {per_node:.3f} us per node (barrier of {report.data['machine']['threads']} threads included)"
-    )
+    threads = report.data["machine"]["threads"]
+    print(f"replay call {one:.2f} us, {per_node:.3f} us per node (barrier of {threads} threads included)")
     print("written:", report.save())

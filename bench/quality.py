@@ -28,7 +28,7 @@ def answers(model: Nemotron, problems: list[data.Problem], thinking: bool) -> li
     """(prompt ids, new ids, right?) for each problem, greedy."""
     out = []
     for p in problems:
-        prompt, boundaries = model._render(p.messages, p.tools, thinking)
+        prompt, _ = model._render(p.messages, p.tools, thinking)
         stream = model.stream(p.messages, tools=p.tools, thinking=thinking, max_new_tokens=ANSWER_TOKENS)
         for _ in stream:
             pass

@@ -36,7 +36,7 @@ def once(call: Callable[[], object], repeats: int) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], rounds: int = 15, turn: float = 0.02, limit: float = 20.0, least: int = 5
 ) -> dict[str, Times]:
-    """Each round gives every contestant one turn of `turn` seconds or so; `least` rounds, then at most `limit` seconds."""
+    """Each round gives every contestant a turn of about `turn` seconds; `least` rounds, then up to `limit` seconds."""
     repeats = {}
     for name, call in calls.items():
         first = once(call, 1)

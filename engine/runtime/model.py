@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.errors import BusyError, ClosedError
 from engine.runtime import device
@@ -112,5 +113,11 @@ class Model:
         """Frees plans and memory; later calls raise ClosedError. Closing twice is fine."""
         with self._lock:
             self.closed = True
-            self.plans = {}
-            self.arena = Arena()
+            for name in set(vars(self)) - {"name", "closed", "_lock"}:
+                delattr(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what is not there: after close() that is everything.
+        if self.__dict__.get("closed"):
+            raise ClosedError(f"model {self.name!r} is closed; load it again")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

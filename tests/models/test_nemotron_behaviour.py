@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -187,8 +189,11 @@ def test_second_thread_is_refused(model):
 
 def test_closed_model(folder):
     m = engine.load(folder, context=64)
+    memory = weakref.ref(m.arena)
     m.close()
     m.close()
+    gc.collect()
+    assert memory() is None, "close() must give the memory back"
     with pytest.raises(ClosedError):
         m.generate([1], max_new_tokens=1)
     assert "closed" in repr(m)

@@ -20,7 +20,9 @@ def held():
 
 @functools.cache
 def model(name: str):
-    dtype, quant = {"fp32": ("fp32", None), "bf16": ("bf16", None), "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}[name]
+    dtype, quant = {"fp32": ("fp32", None), "bf16": ("bf16", None), "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}[
+        name
+    ]
     return quality.load(quant, dtype)
 
 
