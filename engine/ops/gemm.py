@@ -89,24 +89,27 @@ class PackedMatrix:
         raw = self.data.numpy()[index * self.matrix_bytes : (index + 1) * self.matrix_bytes].reshape(panels, -1)
         k, g = self.k, self.group
         if self.format == "f32":
-            w: np.ndarray = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
+            w = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
         elif self.format == "bf16":
             pairs = (k + 1) // 2
             bits = raw.view(np.uint16).reshape(panels, pairs, 16, 2).transpose(0, 2, 1, 3).reshape(panels, 16, -1)
             w = (bits[..., :k].astype(np.uint32) << 16).view(np.float32)
         else:
-            four = self.format == "i4"
-            code_bytes = 8 * k if four else 16 * k
-            v: np.ndarray
-            codes, rest = raw[:, :code_bytes], np.ascontiguousarray(raw[:, code_bytes : code_bytes + k // g * 32])
-            if four:
-                v = codes.reshape(panels, k // 8, 1, 16, 4)
-                v = np.concatenate([v & 15, v >> 4], axis=2).astype(np.int32) - 8
-            else:
-                v = codes.reshape(panels, k // 4, 1, 16, 4).astype(np.int32) - 128
-            q = v.transpose(0, 3, 1, 2, 4).reshape(panels, 16, k)
-            scale = rest.view(np.float16).reshape(panels, k // g, 16).transpose(0, 2, 1).astype(np.float32)
-            w = q * np.repeat(scale, g, axis=2)
+            # Blocks of two groups: their codes, then 2 x 16 fp16 scales; an odd last group has a block of its own.
+            four, groups = self.format == "i4", k // g
+            code = (8 if four else 16) * g
+            w = np.empty((panels, 16, k), np.float32)
+            for i in range(groups):
+                at = i * code + i // 2 * 64
+                end = min((i | 1) + 1, groups) * code + i // 2 * 64 + (i & 1) * 32
+                codes = raw[:, at : at + code]
+                if four:
+                    v = codes.reshape(panels, g // 8, 1, 16, 4)
+                    q = np.concatenate([v & 15, v >> 4], axis=2).astype(np.float32) - 8
+                else:
+                    q = codes.reshape(panels, g // 4, 1, 16, 4).astype(np.float32) - 128
+                scale = np.ascontiguousarray(raw[:, end : end + 32]).view(np.float16).astype(np.float32)
+                w[:, :, i * g : (i + 1) * g] = q.transpose(0, 3, 1, 2, 4).reshape(panels, 16, g) * scale[:, :, None]
         return np.ascontiguousarray(w.reshape(panels * 16, k)[: self.n], dtype=np.float32)
 
 

@@ -27,7 +27,7 @@ _BY_NUMPY: dict[Any, str] = {np.dtype(np_type): name for name, (_, np_type) in D
 PARTS = ("weights", "state", "kv", "workspace", "io")
 _SLAB = 1 << 20
 _ALIGN = 64
-_capturing = threading.local()
+_capturing: Any = threading.local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Tensor:
         span = self.nbytes if self.ld == self.shape[-1] else ((self.shape[0] - 1) * self.ld + self.shape[-1]) * size
         raw = (ctypes.c_uint8 * span).from_address(self.address)
         raw.owner = self.owner  # type: ignore[attr-defined]  # the view keeps the memory alive
-        flat = np.frombuffer(raw, dtype=np_type)
+        flat: np.ndarray = np.frombuffer(raw, dtype=np_type)  # type: ignore[call-overload]
         if self.ld == self.shape[-1]:
             return flat.reshape(self.shape)
         return np.lib.stride_tricks.as_strided(flat, self.shape, (self.ld * size, size))
@@ -132,7 +132,7 @@ class Arena:
         self._used = 0
 
     def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
-        if self.sealed or getattr(_capturing, "depth", 0):
+        if self.sealed or getattr(_capturing, "depth", False):
             raise PlanError(f"buffer {name!r} would be allocated inside a step; allocate it before capture")
         if name in self.buffers:
             raise PlanError(f"buffer {name!r} exists already")

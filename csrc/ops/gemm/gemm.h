@@ -19,7 +19,8 @@ ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
 
 // gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.
 // Packed: panels of 16 output rows, K inside, 64-byte vectors of 16 rows x {1 f32 | 2 bf16 | 4 u8 | 8 u4} k values;
-// quantised panels end with their fp16 scales [k/group][16]. Same bytes on every ISA. k % group == 0 when quantised.
+// in quantised panels every two groups of codes are followed by their 2 x 16 fp16 scales: one stream to read. Same bytes
+// on every ISA. k % group == 0 when quantised.
 // *bad is set to 1 when a source value is NaN or infinite.
 #define ENGINE_GEMM_PACK_PARAMS(F)                                                                     \
   F(const void*, src) F(int64_t, lds) F(int32_t, src_dtype) F(uint8_t*, dst) F(int64_t, n) F(int64_t, k) \
@@ -34,8 +35,15 @@ ENGINE_PARAMS(GemmPeakParams, ENGINE_GEMM_PEAK_PARAMS)
 // Bytes of one panel of 16 rows.
 constexpr int64_t gemm_panel_bytes(int32_t format, int64_t k, int64_t group) {
   const int64_t codes = format == 0 ? 64 * k : format == 1 ? 32 * (k + (k & 1)) : format == 2 ? 16 * k : 8 * k;
-  const int64_t scales = format >= 2 ? (k / group) * 32 : 0;
-  return (codes + scales + 63) / 64 * 64;
+  const int64_t scales = format >= 2 ? (k / group + 1) / 2 * 64 : 0;
+  return codes + scales;
+}
+
+// Where the codes and the scales of group g lie in a quantised panel of `groups` groups of `code` bytes each.
+constexpr int64_t gemm_codes_at(int64_t g, int64_t code) { return g * code + g / 2 * 64; }
+constexpr int64_t gemm_scales_at(int64_t g, int64_t groups, int64_t code) {
+  const int64_t end = (g | 1) + 1 < groups ? (g | 1) + 1 : groups;  // one past the block's last group
+  return end * code + g / 2 * 64 + (g & 1) * 32;
 }
 
 }  // namespace engine

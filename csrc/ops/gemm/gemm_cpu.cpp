@@ -154,9 +154,9 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
         if (p.k & 1) q[(p.k / 2) * 32 + lane * 2 + 1] = 0;
       } else {
         const bool four = p.format == kW_I4;
-        uint16_t* scales = reinterpret_cast<uint16_t*>(d + (four ? 8 : 16) * p.k);
+        const int64_t code_bytes = (four ? 8 : 16) * p.group, groups = p.k / p.group;
         const float top = four ? 8.f : 128.f, high = four ? 7.f : 127.f;
-        for (int64_t g = 0; g < p.k / p.group; ++g) {
+        for (int64_t g = 0; g < groups; ++g) {
           const float* s = row + g * p.group;
           F16 hi = set1(-3.4e38f), lo = set1(3.4e38f);
           for (int64_t i = 0; i < p.group; i += 16) {
@@ -187,18 +187,18 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
               best = scale;
             }
           }
-          scales[g * 16 + lane] = f32_to_f16(best);
+          reinterpret_cast<uint16_t*>(d + gemm_scales_at(g, groups, code_bytes))[lane] = f32_to_f16(best);
+          uint8_t* codes = d + gemm_codes_at(g, code_bytes);
           const float inv = best != 0.f ? 1.f / best : 0.f;
           for (int64_t i = 0; i < p.group; ++i) {
             float q = nearbyintf(s[i] * inv);
             q = q < (four ? -top : -high) ? (four ? -top : -high) : q > high ? high : q;
             const uint8_t code = uint8_t(int(q) + int(top));
-            const int64_t kk = g * p.group + i;
             if (four) {
-              uint8_t* b = d + (kk / 8) * 64 + lane * 4 + (kk & 3);
-              *b = (kk & 4) ? uint8_t((*b & 15) | (code << 4)) : uint8_t((*b & 0xf0) | code);
+              uint8_t* b = codes + (i / 8) * 64 + lane * 4 + (i & 3);
+              *b = (i & 4) ? uint8_t((*b & 15) | (code << 4)) : uint8_t((*b & 0xf0) | code);
             } else {
-              d[(kk / 4) * 64 + lane * 4 + (kk & 3)] = code;
+              codes[(i / 4) * 64 + lane * 4 + (i & 3)] = code;
             }
           }
         }

@@ -99,6 +99,15 @@ static void weave(int32_t format, int64_t k, int64_t group, int64_t mr, const Un
 }
 
 // ------------------------------------------------------------------------------------------------ tiles
+// What to prefetch while reading at `offset` of NP neighbouring panels: so far ahead in the same panel, and at its end
+// the start of the panel that comes next in this stream.
+constexpr int64_t kAhead = 1024;
+template <int NP>
+ENGINE_INLINE int64_t prefetch_at(int64_t offset, int64_t panel) {
+  const int64_t ahead = offset + kAhead;
+  return ahead < panel ? ahead : ahead + (NP - 1) * panel;
+}
+
 using TileFn = void (*)(const uint8_t* a, const uint8_t* w, int64_t panel, int64_t k, int64_t group, float* c);
 
 template <int MR, int NP>
@@ -113,11 +122,12 @@ static void tile_f32(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
     for (int p = 0; p < NP; ++p) acc[r][p] = zero();
   for (int64_t i = 0; i < k; ++i) {
     F16 bv[NP];
+    [[maybe_unused]] const int64_t ahead = prefetch_at<NP>(i * 64, panel);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       bv[p] = load(b[p] + i * 16);
 #if ENGINE_ISA != ENGINE_ISA_SCALAR
-      if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + i * 16) + 1024, _MM_HINT_T0);
+      if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p]) + ahead, _MM_HINT_T0);
 #endif
     }
 #pragma GCC unroll 16
@@ -147,10 +157,11 @@ static void tile_bf16(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_
   const int32_t* a = reinterpret_cast<const int32_t*>(a8);
   for (int64_t i = 0; i < pairs; ++i) {
     __m512bh bv[NP];
+    const int64_t ahead = prefetch_at<NP>(i * 64, panel);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       bv[p] = (__m512bh)_mm512_loadu_si512(b[p] + i * 64);
-      if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + i * 64) + 1024, _MM_HINT_T0);
+      if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + ahead), _MM_HINT_T0);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
@@ -290,7 +301,7 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
   const int64_t groups = k / group;
   const float* a_scale = reinterpret_cast<const float*>(a + (k / 4) * MR);
   const int32_t* a_corr = reinterpret_cast<const int32_t*>(a_scale + groups * MR);
-  const int64_t code_bytes = kFourBit ? 8 * k : 16 * k;
+  const int64_t code_bytes = (kFourBit ? 8 : 16) * group;
   const uint8_t* b[NP];
   F16 acc[MR][NP];
   for (int p = 0; p < NP; ++p) b[p] = w + p * panel;
@@ -299,20 +310,20 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) acc[r][p] = zero();
   constexpr int kUnits = kFourBit ? 2 : 1;  // units per 64-byte vector of codes
-  const int64_t steps = group / (4 * kUnits);
-  int64_t offset = 0;
   for (int64_t g = 0; g < groups; ++g) {
     I16 sum[MR][NP];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) sum[r][p] = set1_i32(a_corr[g * MR + r]);
-    for (int64_t s = 0; s < steps; ++s, offset += 64, a += kUnits * MR) {
+    const int64_t first = gemm_codes_at(g, code_bytes);
+    for (int64_t offset = first; offset < first + code_bytes; offset += 64, a += kUnits * MR) {
+      [[maybe_unused]] const int64_t ahead = prefetch_at<NP>(offset, panel);
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) {
         const Codes v = load_codes(b[p] + offset);
 #if ENGINE_ISA != ENGINE_ISA_SCALAR
-        if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + offset) + 1024, _MM_HINT_T0);
+        if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + ahead), _MM_HINT_T0);
 #endif
         if (kFourBit) {
           const Codes lo = low_nibbles(v), hi = high_nibbles(v);
@@ -326,9 +337,10 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
         }
       }
     }
+    const int64_t scales = gemm_scales_at(g, groups, code_bytes);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
-      const F16 ws = load_f16(reinterpret_cast<const uint16_t*>(b[p] + code_bytes) + g * 16);
+      const F16 ws = load_f16(reinterpret_cast<const uint16_t*>(b[p] + scales));
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r)
         acc[r][p] = fma(to_f32(sum[r][p]), mul(ws, set1(a_scale[g * MR + r])), acc[r][p]);
