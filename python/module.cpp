@@ -55,12 +55,15 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda") = false;
 #endif
-  m.def("cuda_ops", [] {
-    std::vector<std::string> out;
-    for (int i = 0; i < kOpCount; ++i)
-      if (kOps[i].cuda) out.emplace_back(kOps[i].name);
-    return out;
-  }, "ops with a CUDA kernel in this build");
+  m.def(
+      "cuda_ops",
+      [] {
+        std::vector<std::string> out;
+        for (int i = 0; i < kOpCount; ++i)
+          if (kOps[i].cuda) out.emplace_back(kOps[i].name);
+        return out;
+      },
+      "ops with a CUDA kernel in this build");
 
   m.def("isa_names", [] { return std::vector<std::string>{isa_name(0), isa_name(1), isa_name(2)}; });
   m.def("host_isa", &host_isa, "index of the widest instruction set that this host runs");
@@ -87,14 +90,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Tape>(m, "Tape")
       .def(py::init<>())
       .def("__len__", &Tape::size)
-      .def("push", [](Tape& t, int op, int isa, const std::string& label, const py::dict& v) {
-        t.push(make_node(op, isa, label, v));
-      })
-      .def("node", [](const Tape& t, size_t i) {
-        if (i >= t.size()) throw py::index_error("node");
-        const Node& n = t.node(i);
-        return py::make_tuple(n.op, n.isa, n.label, py::bytes(reinterpret_cast<const char*>(n.params), kMaxParamBytes));
-      })
+      .def("push", [](Tape& t, int op, int isa, const std::string& label,
+                      const py::dict& v) { t.push(make_node(op, isa, label, v)); })
+      .def("node",
+           [](const Tape& t, size_t i) {
+             if (i >= t.size()) throw py::index_error("node");
+             const Node& n = t.node(i);
+             return py::make_tuple(n.op, n.isa, n.label,
+                                   py::bytes(reinterpret_cast<const char*>(n.params), kMaxParamBytes));
+           })
       .def("replay", &Tape::replay, py::call_guard<py::gil_scoped_release>())
       .def("replay_timed", &Tape::replay_timed, py::call_guard<py::gil_scoped_release>());
 
@@ -114,7 +118,4 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer([](Memory& x) {
         return py::buffer_info(x.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {x.size()}, {1});
       });
-  m.def("probe_read", [](uintptr_t address, size_t bytes) {
-    return probe_read(reinterpret_cast<const uint8_t*>(address), bytes);
-  }, py::call_guard<py::gil_scoped_release>());
 }

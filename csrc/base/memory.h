@@ -20,7 +20,4 @@ class Memory {
   size_t size_ = 0, mapped_ = 0;
 };
 
-// Reads [data, data+bytes) once with all threads; returns nanoseconds. The roof that kernels are held against.
-int64_t probe_read(const uint8_t* data, size_t bytes);
-
 }  // namespace engine

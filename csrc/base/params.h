@@ -14,11 +14,21 @@ struct Field {
   uint32_t offset;
 };
 
-template <class T> struct KindOf { static constexpr Kind value = Kind::ptr; };  // every pointer
-template <> struct KindOf<int32_t> { static constexpr Kind value = Kind::i32; };
-template <> struct KindOf<int64_t> { static constexpr Kind value = Kind::i64; };
-template <> struct KindOf<uint64_t> { static constexpr Kind value = Kind::u64; };
-template <> struct KindOf<float> { static constexpr Kind value = Kind::f32; };
+template <class T> struct KindOf {
+  static constexpr Kind value = Kind::ptr;
+};  // every pointer
+template <> struct KindOf<int32_t> {
+  static constexpr Kind value = Kind::i32;
+};
+template <> struct KindOf<int64_t> {
+  static constexpr Kind value = Kind::i64;
+};
+template <> struct KindOf<uint64_t> {
+  static constexpr Kind value = Kind::u64;
+};
+template <> struct KindOf<float> {
+  static constexpr Kind value = Kind::f32;
+};
 
 #define ENGINE_FIELD_MEMBER(type, name) type name;
 #define ENGINE_FIELD_ENTRY(type, name) {#name, ::engine::KindOf<type>::value, offsetof(Self, name)},

@@ -94,9 +94,7 @@ void barrier(Ctx& ctx) {
   ctx.phase = next;
 }
 
-int64_t claim(Ctx& ctx) {
-  return ctx.pool->impl_->ticket[ctx.phase & 1].v.fetch_add(1, std::memory_order_relaxed);
-}
+int64_t claim(Ctx& ctx) { return ctx.pool->impl_->ticket[ctx.phase & 1].v.fetch_add(1, std::memory_order_relaxed); }
 
 Pool& Pool::instance() {
   // Leaked on purpose: worker threads may outlive static destruction.

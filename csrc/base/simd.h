@@ -148,9 +148,7 @@ ENGINE_INLINE void storen(float* p, F16 a, int64_t n) {
   store(t, a);
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
-ENGINE_INLINE __m256 widen8(__m128i h) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
+ENGINE_INLINE __m256 widen8(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 ENGINE_INLINE F16 load_bf16(const uint16_t* p) {
   return {widen8(_mm_loadu_si128((const __m128i*)p)), widen8(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
@@ -178,7 +176,8 @@ ENGINE_INLINE void storen_bf16(uint16_t* p, F16 a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = t[i];
 }
 ENGINE_INLINE F16 load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 #define ENGINE_F16_BIN(name, op) \
   ENGINE_INLINE F16 name(F16 a, F16 b) { return {op(a.lo, b.lo), op(a.hi, b.hi)}; }
@@ -217,7 +216,8 @@ ENGINE_INLINE float reduce_max(F16 a) {
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 ENGINE_INLINE void store_i8(int8_t* p, F16 a) {
-  const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
+  const __m256i w =
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
 
@@ -318,16 +318,13 @@ ENGINE_INLINE F16 activate(F16 x, int32_t act) {
       const F16 r = max(x, zero());
       return mul(r, r);
     }
-    case kActSilu:
-      return silu(x);
+    case kActSilu: return silu(x);
     case kActGeluTanh: {
       const F16 u = mul(set1(0.7978845608028654f), fma(mul(mul(x, x), x), set1(0.044715f), x));
       return mul(mul(set1(0.5f), x), add(set1(1.f), tanh(u)));
     }
-    case kActGeluErf:
-      return mul(mul(set1(0.5f), x), add(set1(1.f), erf(mul(x, set1(0.7071067811865476f)))));
-    default:
-      return x;
+    case kActGeluErf: return mul(mul(set1(0.5f), x), add(set1(1.f), erf(mul(x, set1(0.7071067811865476f)))));
+    default: return x;
   }
 }
 

@@ -47,11 +47,11 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
             char* scratch, float* partial) {
   const Tiles tiles = split_rows(r1 - r0, max_rows(p.format));
   const int64_t nu = units_per_row(p.format, p.d), dp = round_up(p.d, 16), rows = r1 - r0;
-  float* o = reinterpret_cast<float*>(scratch);          // [rows][dp]
-  float* mx = o + rows * dp;                              // [rows]
-  float* sum = mx + round_up(rows, 16);                   // [rows]
-  float* corr = sum + round_up(rows, 16);                 // [kMaxRows]
-  float* s = corr + round_up(kMaxRows, 16);               // [kMaxRows][kBlock]
+  float* o = reinterpret_cast<float*>(scratch);                          // [rows][dp]
+  float* mx = o + rows * dp;                                             // [rows]
+  float* sum = mx + round_up(rows, 16);                                  // [rows]
+  float* corr = sum + round_up(rows, 16);                                // [kMaxRows]
+  float* s = corr + round_up(kMaxRows, 16);                              // [kMaxRows][kBlock]
   uint32_t* units = reinterpret_cast<uint32_t*>(s + kMaxRows * kBlock);  // [kMaxRows][max(nu, kBlock)]
   uint8_t* ptile = reinterpret_cast<uint8_t*>(units + kMaxRows * imax(nu, kBlock));
   const int64_t q_bytes = a_tile_bytes(p.format, tiles.rows(0), p.d, 0);
@@ -147,7 +147,8 @@ void attention(const AttentionParams& p, Ctx& ctx) {
   const int64_t m = p.rows ? imin(*p.rows, p.m) : p.m;
   const int64_t pos = *p.pos;
   if (m <= 0 || pos < 0 || pos + m > p.ctx) return;  // the caller bounds the context; never write outside the cache
-  Geometry g{m, pos, p.heads / p.kv_heads, gemm_panel_bytes(p.format, p.d, 1), gemm_panel_bytes(p.format, p.ctx, 1), 0, 0};
+  Geometry g{m, pos, p.heads / p.kv_heads, gemm_panel_bytes(p.format, p.d, 1), gemm_panel_bytes(p.format, p.ctx, 1),
+             0, 0};
   g.k_head = (p.ctx / 16) * g.k_panel;
   g.v_head = ceil_div(p.d, 16) * g.v_panel;
   const int64_t chunks = ceil_div(m, 16);

@@ -27,9 +27,11 @@ ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
   F(int64_t, n0) F(int32_t, format) F(int32_t, group) F(int32_t*, bad)
 ENGINE_PARAMS(GemmPackParams, ENGINE_GEMM_PACK_PARAMS)
 
-// gemm_peak: the arithmetic roof. Independent multiply-adds in registers (kind 0 f32, 1 bf16 pairs, 2 u8 x s8 quads),
+// gemm_peak: the roofs of the benches. kind 0 f32, 1 bf16 pairs, 2 u8 x s8 quads: independent multiply-adds in registers,
 // `iterations` per thread; *ops receives the operations done by all threads (a multiply-add counts two).
-#define ENGINE_GEMM_PEAK_PARAMS(F) F(int32_t, kind) F(int64_t, iterations) F(float*, sink) F(int64_t*, ops)
+// kind 3: reads data [bytes], a multiple of 1 MiB, once with all threads.
+#define ENGINE_GEMM_PEAK_PARAMS(F)                                                                       \
+  F(int32_t, kind) F(int64_t, iterations) F(float*, sink) F(int64_t*, ops) F(const uint8_t*, data) F(int64_t, bytes)
 ENGINE_PARAMS(GemmPeakParams, ENGINE_GEMM_PEAK_PARAMS)
 
 // Bytes of one panel of 16 rows.

@@ -41,7 +41,8 @@ void pack_tile(const GemmParams& p, int64_t m0, int64_t mr, char* scratch, uint8
   }
   uint32_t* units = reinterpret_cast<uint32_t*>(corr + groups * kMaxRows);
   for (int64_t r = 0; r < mr; ++r)
-    to_units(p.format, prologue_row(p, m0 + r, row), p.k, p.group, {units + r * nu, scale + r * groups, corr + r * groups});
+    to_units(p.format, prologue_row(p, m0 + r, row), p.k, p.group,
+             {units + r * nu, scale + r * groups, corr + r * groups});
   weave(p.format, p.k, p.group, mr, {units, scale, corr}, nu, groups, tile);
 }
 
@@ -130,8 +131,10 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
         for (int64_t i = 0; i < p.k; i += 16) {
           const int64_t left = p.k - i;
           F16 v;
-          if (p.src_dtype == kF32) v = loadn(static_cast<const float*>(p.src) + o + i, left);
-          else if (p.src_dtype == kBF16) v = loadn_bf16(static_cast<const uint16_t*>(p.src) + o + i, left);
+          if (p.src_dtype == kF32)
+            v = loadn(static_cast<const float*>(p.src) + o + i, left);
+          else if (p.src_dtype == kBF16)
+            v = loadn_bf16(static_cast<const uint16_t*>(p.src) + o + i, left);
           else {
             float t[16] = {};
             for (int64_t j = 0; j < 16 && j < left; ++j)
@@ -207,15 +210,27 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
   }
 }
 
-// gemm_peak: the arithmetic roof of the benches
-// layout   registers only
-// mapping  every thread the same loop, 16 independent chains
-// moves    nothing
+// gemm_peak: the roofs of the benches
+// layout   registers only; kind 3 any memory
+// mapping  every thread the same loop, 16 independent chains; kind 3: 1 MiB per task, one stream per thread
+// moves    nothing; kind 3 bytes
 // tried    -
 void gemm_peak(const GemmPeakParams& p, Ctx& ctx) {
   constexpr int kChains = 16;
   float total = 0.f;
   int64_t per_step = kChains * 16 * 2;
+  if (p.kind == 3) {
+    constexpr int64_t kPiece = 1 << 20;
+    F16 s[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t t; (t = claim(ctx)) < p.bytes / kPiece;) {
+      const float* d = reinterpret_cast<const float*>(p.data + t * kPiece);
+      for (int64_t i = 0; i < kPiece / 4; i += 64)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) s[j] = add(s[j], load(d + i + j * 16));
+    }
+    if (ctx.tid < 64) p.sink[ctx.tid] = reduce_add(add(add(s[0], s[1]), add(s[2], s[3])));
+    return;
+  }
   if (p.kind == 2) {
     const uint8_t codes[64] = {1};
     const Codes u = load_codes(codes);

@@ -38,10 +38,10 @@ ENGINE_INLINE int64_t a_tile_bytes(int32_t format, int64_t mr, int64_t k, int64_
 }
 
 // ------------------------------------------------------------------------------------------------ A packing
-struct Units {       // one row in unit form, before it is woven into a tile
-  uint32_t* u;       // [units_per_row]
-  float* scale;      // [groups]
-  int32_t* corr;     // [groups]
+struct Units {    // one row in unit form, before it is woven into a tile
+  uint32_t* u;    // [units_per_row]
+  float* scale;   // [groups]
+  int32_t* corr;  // [groups]
 };
 
 // src: f32 row of k values; may read nothing past k.
@@ -102,8 +102,7 @@ static void weave(int32_t format, int64_t k, int64_t group, int64_t mr, const Un
 // What to prefetch while reading at `offset` of NP neighbouring panels: so far ahead in the same panel, and at its end
 // the start of the panel that comes next in this stream.
 constexpr int64_t kAhead = 1024;
-template <int NP>
-ENGINE_INLINE int64_t prefetch_at(int64_t offset, int64_t panel) {
+template <int NP> ENGINE_INLINE int64_t prefetch_at(int64_t offset, int64_t panel) {
   const int64_t ahead = offset + kAhead;
   return ahead < panel ? ahead : ahead + (NP - 1) * panel;
 }
@@ -211,12 +210,19 @@ struct I16 {
   __m512i v;
 };
 using Codes = __m512i;
-ENGINE_INLINE I16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+ENGINE_INLINE I16 set1_i32(int32_t x) {
+  __m512i v = _mm512_set1_epi32(x);
+  // Equal start values must not be merged into one register: gcc then copies every accumulator in every iteration.
+  asm("" : "+v"(v));
+  return {v};
+}
 ENGINE_INLINE Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 ENGINE_INLINE Codes low_nibbles(Codes c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
 ENGINE_INLINE Codes high_nibbles(Codes c) { return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15)); }
-template <bool kFourBit>
-ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
+// Sixteen times the high nibbles: one instruction less per vector, one shift per group (the sums are exact).
+ENGINE_INLINE Codes high_nibbles_x16(Codes c) { return _mm512_and_si512(c, _mm512_set1_epi8(char(0xf0))); }
+ENGINE_INLINE I16 add_sixteenth(I16 a, I16 b) { return {_mm512_add_epi32(a.v, _mm512_srai_epi32(b.v, 4))}; }
+template <bool kFourBit> ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
   return {_mm512_dpbusd_epi32(acc.v, u, _mm512_set1_epi32(s))};
 }
 ENGINE_INLINE F16 to_f32(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -240,8 +246,7 @@ ENGINE_INLINE Codes high_nibbles(Codes c) {
   return {_mm256_and_si256(_mm256_srli_epi16(c.lo, 4), m), _mm256_and_si256(_mm256_srli_epi16(c.hi, 4), m)};
 }
 // maddubs saturates at 16 bits: split an 8-bit code into its low 7 bits and its top bit. 4-bit codes cannot saturate.
-template <bool kFourBit>
-ENGINE_INLINE __m256i dot8(__m256i acc, __m256i u, __m256i s) {
+template <bool kFourBit> ENGINE_INLINE __m256i dot8(__m256i acc, __m256i u, __m256i s) {
   const __m256i ones = _mm256_set1_epi16(1);
   if (kFourBit) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones));
   const __m256i low = _mm256_and_si256(u, _mm256_set1_epi8(127));
@@ -249,8 +254,7 @@ ENGINE_INLINE __m256i dot8(__m256i acc, __m256i u, __m256i s) {
   acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, s), ones));
   return _mm256_add_epi32(acc, _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(top, s), ones), 7));
 }
-template <bool kFourBit>
-ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
+template <bool kFourBit> ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
   const __m256i b = _mm256_set1_epi32(s);
   return {dot8<kFourBit>(acc.lo, u.lo, b), dot8<kFourBit>(acc.hi, u.hi, b)};
 }
@@ -280,8 +284,7 @@ ENGINE_INLINE Codes high_nibbles(Codes c) {
   for (int i = 0; i < 64; ++i) c.v[i] >>= 4;
   return c;
 }
-template <bool kFourBit>
-ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
+template <bool kFourBit> ENGINE_INLINE I16 dot(I16 acc, Codes u, int32_t s) {
   int8_t q[4];
   memcpy(q, &s, 4);
   for (int i = 0; i < 16; ++i)
@@ -309,13 +312,20 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) acc[r][p] = zero();
-  constexpr int kUnits = kFourBit ? 2 : 1;  // units per 64-byte vector of codes
+  constexpr int kUnits = kFourBit ? 2 : 1;                            // units per 64-byte vector of codes
+  [[maybe_unused]] constexpr bool kSplit = kFourBit && MR * NP <= 8;  // registers for a second set of sums
   for (int64_t g = 0; g < groups; ++g) {
     I16 sum[MR][NP];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) sum[r][p] = set1_i32(a_corr[g * MR + r]);
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+    I16 high[kSplit ? MR : 1][NP];
+    if (kSplit)
+      for (int r = 0; r < MR; ++r)
+        for (int p = 0; p < NP; ++p) high[r][p] = set1_i32(0);
+#endif
     const int64_t first = gemm_codes_at(g, code_bytes);
     for (int64_t offset = first; offset < first + code_bytes; offset += 64, a += kUnits * MR) {
       [[maybe_unused]] const int64_t ahead = prefetch_at<NP>(offset, panel);
@@ -326,9 +336,18 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
         if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(b[p] + ahead), _MM_HINT_T0);
 #endif
         if (kFourBit) {
-          const Codes lo = low_nibbles(v), hi = high_nibbles(v);
+          const Codes lo = low_nibbles(v);
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) sum[r][p] = dot<true>(sum[r][p], lo, a[r]);
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+          if (kSplit) {
+            const Codes hi = high_nibbles_x16(v);
+#pragma GCC unroll 16
+            for (int r = 0; r < MR; ++r) high[r][p] = dot<true>(high[r][p], hi, a[MR + r]);
+            continue;
+          }
+#endif
+          const Codes hi = high_nibbles(v);
 #pragma GCC unroll 16
           for (int r = 0; r < MR; ++r) sum[r][p] = dot<true>(sum[r][p], hi, a[MR + r]);
         } else {
@@ -337,13 +356,17 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
         }
       }
     }
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+    if (kSplit)
+      for (int r = 0; r < MR; ++r)
+        for (int p = 0; p < NP; ++p) sum[r][p] = add_sixteenth(sum[r][p], high[r][p]);
+#endif
     const int64_t scales = gemm_scales_at(g, groups, code_bytes);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       const F16 ws = load_f16(reinterpret_cast<const uint16_t*>(b[p] + scales));
 #pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r)
-        acc[r][p] = fma(to_f32(sum[r][p]), mul(ws, set1(a_scale[g * MR + r])), acc[r][p]);
+      for (int r = 0; r < MR; ++r) acc[r][p] = fma(to_f32(sum[r][p]), mul(ws, set1(a_scale[g * MR + r])), acc[r][p]);
     }
   }
 #pragma GCC unroll 16
@@ -352,18 +375,82 @@ static void tile_int(const uint8_t* a8, const uint8_t* w, int64_t panel, int64_t
     for (int p = 0; p < NP; ++p) store(c + (r * NP + p) * 16, acc[r][p]);
 }
 
+// ------------------------------------------------------------------------------------------------ one row
+// A single row is bound by memory: one panel at a time, so that each thread reads one ascending stream, and four
+// accumulators over K to hide latency.
+static void row_f32(const uint8_t* a8, const uint8_t* w, int64_t, int64_t k, int64_t, float* c) {
+  const float* a = reinterpret_cast<const float*>(a8);
+  const float* b = reinterpret_cast<const float*>(w);
+  F16 s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 <= k; i += 4)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) s[j] = fma(set1(a[i + j]), load(b + (i + j) * 16), s[j]);
+  for (; i < k; ++i) s[0] = fma(set1(a[i]), load(b + i * 16), s[0]);
+  store(c, add(add(s[0], s[1]), add(s[2], s[3])));
+}
+
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+static void row_bf16(const uint8_t* a8, const uint8_t* w, int64_t, int64_t k, int64_t, float* c) {
+  const int32_t* a = reinterpret_cast<const int32_t*>(a8);
+  const int64_t pairs = (k + 1) / 2;
+  F16 s[4] = {zero(), zero(), zero(), zero()};
+  const auto step = [&](int j, int64_t i) {
+    s[j].v = _mm512_dpbf16_ps(s[j].v, (__m512bh)_mm512_set1_epi32(a[i]), (__m512bh)_mm512_loadu_si512(w + i * 64));
+  };
+  int64_t i = 0;
+  for (; i + 4 <= pairs; i += 4)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) step(j, i + j);
+  for (; i < pairs; ++i) step(0, i);
+  store(c, add(add(s[0], s[1]), add(s[2], s[3])));
+}
+
+template <bool kFourBit>
+static void row_int(const uint8_t* a8, const uint8_t* w, int64_t, int64_t k, int64_t group, float* c) {
+  const int32_t* a = reinterpret_cast<const int32_t*>(a8);
+  const int64_t groups = k / group, code_bytes = (kFourBit ? 8 : 16) * group;
+  const float* a_scale = reinterpret_cast<const float*>(a + k / 4);
+  const int32_t* a_corr = reinterpret_cast<const int32_t*>(a_scale + groups);
+  F16 acc = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* b = w + gemm_codes_at(g, code_bytes);
+    I16 s[4] = {set1_i32(a_corr[g]), set1_i32(0), set1_i32(0), set1_i32(0)};
+    // Groups are 32 or 64: a multiple of two 4-bit vectors, of four 8-bit vectors.
+    if (kFourBit) {
+      for (int64_t v = 0; v < code_bytes; v += 128, a += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          const Codes u = load_codes(b + v + j * 64);
+          s[j] = dot<true>(s[j], low_nibbles(u), a[2 * j]);
+          s[2 + j] = dot<true>(s[2 + j], high_nibbles_x16(u), a[2 * j + 1]);
+        }
+      s[0] = add_sixteenth({_mm512_add_epi32(s[0].v, s[1].v)}, {_mm512_add_epi32(s[2].v, s[3].v)});
+    } else {
+      for (int64_t v = 0; v < code_bytes; v += 256, a += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) s[j] = dot<false>(s[j], load_codes(b + v + j * 64), a[j]);
+      s[0].v = _mm512_add_epi32(_mm512_add_epi32(s[0].v, s[1].v), _mm512_add_epi32(s[2].v, s[3].v));
+    }
+    const F16 ws = load_f16(reinterpret_cast<const uint16_t*>(w + gemm_scales_at(g, groups, code_bytes)));
+    acc = fma(to_f32(s[0]), mul(ws, set1(a_scale[g])), acc);
+  }
+  store(c, acc);
+}
+#endif
+
 // Panels that one tile call covers for tiles of mr rows.
 ENGINE_INLINE int panels_for([[maybe_unused]] int32_t format, int64_t mr) {
 #if ENGINE_ISA == ENGINE_ISA_AVX512
-  if (is_int(format)) return mr <= 2 ? 4 : mr <= 4 ? 2 : 1;
+  if (mr == 1) return 1;
+  if (is_int(format)) return mr == 2 ? 4 : mr <= 4 ? 2 : 1;
   return mr <= 6 ? 4 : 2;
 #else
-  return mr <= 2 ? 2 : 1;
+  return mr == 2 ? 2 : 1;
 #endif
 }
 
-template <int MR, int NP>
-ENGINE_INLINE TileFn pick(int32_t format) {
+template <int MR, int NP> ENGINE_INLINE TileFn pick(int32_t format) {
   switch (format) {
     case kW_F32: return tile_f32<MR, NP>;
     case kW_BF16: return tile_bf16<MR, NP>;
@@ -374,6 +461,10 @@ ENGINE_INLINE TileFn pick(int32_t format) {
 
 // np: 1, 2 or 4, at most panels_for(format, mr).
 static TileFn tile_fn(int32_t format, int64_t mr, int np) {
+  if (mr == 1 && format == kW_F32) return row_f32;
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  if (mr == 1) return format == kW_BF16 ? row_bf16 : format == kW_I8 ? row_int<false> : row_int<true>;
+#endif
 #define ENGINE_TILE_ROW(MR)                                               \
   case MR:                                                                \
     if (np == 4) return pick<MR, (MR <= 6 ? 4 : 1)>(format);              \
@@ -404,9 +495,9 @@ static TileFn tile_fn(int32_t format, int64_t mr, int np) {
 }
 
 // Runs one A tile against panels [p0, p1): fn(p, np, c) receives each finished block, c [mr][np*16].
-template <class Emit>
-ENGINE_INLINE void run_panels(int32_t format, int64_t mr, const uint8_t* a, const uint8_t* w, int64_t panel_bytes,
-                              int64_t p0, int64_t p1, int64_t k, int64_t group, Emit&& emit) {
+template <class Emit> ENGINE_INLINE void run_panels(int32_t format, int64_t mr, const uint8_t* a, const uint8_t* w,
+                                                    int64_t panel_bytes, int64_t p0, int64_t p1, int64_t k,
+                                                    int64_t group, Emit&& emit) {
   alignas(64) float c[kMaxTile];
   int np = panels_for(format, mr);
   for (int64_t p = p0; p < p1; p += np) {
@@ -436,8 +527,7 @@ static void rms_norm_row(const float* x, const float* w, int64_t k, float eps, f
     s = fma(v, v, s);
   }
   const F16 r = set1(1.f / sqrtf(reduce_add(s) / float(k) + eps));
-  for (int64_t i = 0; i < k; i += 16)
-    storen(dst + i, mul(mul(loadn(x + i, k - i), r), loadn(w + i, k - i)), k - i);
+  for (int64_t i = 0; i < k; i += 16) storen(dst + i, mul(mul(loadn(x + i, k - i), r), loadn(w + i, k - i)), k - i);
 }
 
 static void gated_group_norm_row(const float* x, const float* z, const float* w, int64_t k, int64_t gs, float eps,

@@ -38,8 +38,7 @@ void pack_row(const Weights& w, const float* row, uint8_t* tile) {
 }
 
 // Packs `mr` rows of f32, row r at src(r), as one tile.
-template <class Src>
-void pack_rows(const Weights& w, int64_t mr, char* scratch, uint8_t* tile, Src&& src) {
+template <class Src> void pack_rows(const Weights& w, int64_t mr, char* scratch, uint8_t* tile, Src&& src) {
   const int64_t nu = units_per_row(w.format, w.k), ng = groups_of(w.format, w.k, w.group);
   float* scale = reinterpret_cast<float*>(scratch);
   int32_t* corr = reinterpret_cast<int32_t*>(scale + ng * kMaxRows);
@@ -50,9 +49,8 @@ void pack_rows(const Weights& w, int64_t mr, char* scratch, uint8_t* tile, Src&&
 }
 
 // Rows [first, first+count) of one weight matrix against its tiles; emit(row, panel, np, c_row).
-template <class Emit>
-void product(const Weights& w, int64_t expert, int64_t first, int64_t count, const uint8_t* tiles, int64_t row_bytes,
-             int64_t p0, int64_t p1, Emit&& emit) {
+template <class Emit> void product(const Weights& w, int64_t expert, int64_t first, int64_t count, const uint8_t* tiles,
+                                   int64_t row_bytes, int64_t p0, int64_t p1, Emit&& emit) {
   const Tiles split = split_rows(count, max_rows(w.format));
   const int step = panels_for(w.format, split.rows(0));
   for (int64_t p = p0; p < p1; p += step)
@@ -163,7 +161,9 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
     if (w.bias) v = add(v, loadn(w.bias + expert * w.n + panel * 16, n));
     storen(row + panel * 16, activate(v, p.act), n);
   };
-  const auto last_panel = [](const Weights& w, int64_t chunk) { return imin((chunk + 1) * kUpChunk, ceil_div(w.n, 16)); };
+  const auto last_panel = [](const Weights& w, int64_t chunk) {
+    return imin((chunk + 1) * kUpChunk, ceil_div(w.n, 16));
+  };
 
   if (p.m == 1) {
     float* row = reinterpret_cast<float*>(ctx.scratch);
@@ -199,7 +199,8 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
   for (int64_t task; (task = claim(ctx)) < p.experts + shared_packs;) {
     if (task >= p.experts) {
       const int64_t i = task - p.experts, r0 = st.first(i);
-      pack_rows(sh, st.rows(i), ctx.scratch, shared_tiles + r0 * rbs, [&](int64_t r) { return normed + (r0 + r) * ld; });
+      pack_rows(sh, st.rows(i), ctx.scratch, shared_tiles + r0 * rbs,
+                [&](int64_t r) { return normed + (r0 + r) * ld; });
       continue;
     }
     const int64_t f = p.offsets[task], n = p.offsets[task + 1] - f;
@@ -246,8 +247,10 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
     const int64_t c0 = p0 * 16, n = imin(p1 * 16, p.d) - c0;
     for (int64_t t = 0; t < m; ++t) {
       float* o = p.out + t * p.ldo + c0;
-      if (!p.residual) memset(o, 0, size_t(n) * 4);
-      else if (p.residual != p.out) memcpy(o, p.residual + t * p.ldr + c0, size_t(n) * 4);
+      if (!p.residual)
+        memset(o, 0, size_t(n) * 4);
+      else if (p.residual != p.out)
+        memcpy(o, p.residual + t * p.ldr + c0, size_t(n) * 4);
     }
   };
 
@@ -260,9 +263,8 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
       const int64_t p0 = task * kDownChunk, p1 = imin(p0 + kDownChunk, panels);
       start_from_residual(p0, p1);
       for (int64_t j = 0; j < p.top_k; ++j)
-        product(down, p.ids[j], 0, 1, a + j * rb, 0, p0, p1, [&](int64_t, int64_t panel, const float* c) {
-          accumulate(down, p.ids[j], 0, p.weights[j], panel, c);
-        });
+        product(down, p.ids[j], 0, 1, a + j * rb, 0, p0, p1,
+                [&](int64_t, int64_t panel, const float* c) { accumulate(down, p.ids[j], 0, p.weights[j], panel, c); });
       if (p.shared_down)
         product(sh, 0, 0, 1, as, 0, p0, p1,
                 [&](int64_t, int64_t panel, const float* c) { accumulate(sh, 0, 0, 1.f, panel, c); });
@@ -277,7 +279,8 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
   for (int64_t task; (task = claim(ctx)) < p.experts + shared_packs;) {
     if (task >= p.experts) {
       const int64_t i = task - p.experts, r0 = st.first(i);
-      pack_rows(sh, st.rows(i), ctx.scratch, shared_tiles + r0 * rbs, [&](int64_t r) { return p.hs + (r0 + r) * p.shared; });
+      pack_rows(sh, st.rows(i), ctx.scratch, shared_tiles + r0 * rbs,
+                [&](int64_t r) { return p.hs + (r0 + r) * p.shared; });
       continue;
     }
     const int64_t f = p.offsets[task], n = p.offsets[task + 1] - f;

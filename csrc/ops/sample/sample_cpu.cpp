@@ -121,7 +121,8 @@ void sample(const SampleParams& p, Ctx& ctx) {
   if (ctx.tid != 0) return;
   ChunkBest win = best[0];
   for (int64_t c = 1; c < chunks; ++c) {
-    if (greedy ? best[c].value > win.value : best[c].id >= 0 && (win.id < 0 || best[c].score > win.score)) win = best[c];
+    if (greedy ? best[c].value > win.value : best[c].id >= 0 && (win.id < 0 || best[c].score > win.score))
+      win = best[c];
   }
   const int32_t id = win.id < 0 ? 0 : win.id;
   *p.token = id;

@@ -36,9 +36,9 @@ void conv_channels(const SsmParams& p, int64_t m, int64_t c0, int64_t n, int64_t
 }
 
 // Advances TB tokens for PV vectors of P. decay[TB]; b, c point at the group's B and C of the first token.
-template <int TB, int PV>
-ENGINE_INLINE void scan_block(float* state, int64_t pp, int64_t n_state, const float* decay, const F16 (&dx)[TB][PV],
-                              const float* b, const float* c, int64_t stride, F16 (&y)[TB][PV]) {
+template <int TB, int PV> ENGINE_INLINE void scan_block(float* state, int64_t pp, int64_t n_state, const float* decay,
+                                                        const F16 (&dx)[TB][PV], const float* b, const float* c,
+                                                        int64_t stride, F16 (&y)[TB][PV]) {
   F16 a[TB];
   for (int t = 0; t < TB; ++t) a[t] = set1(decay[t]);
   for (int64_t n = 0; n < n_state; ++n) {
@@ -59,9 +59,8 @@ ENGINE_INLINE void scan_block(float* state, int64_t pp, int64_t n_state, const f
   }
 }
 
-template <int TB, int PV>
-void scan_tokens(const SsmParams& p, int64_t head, int64_t t0, int64_t v0, int64_t pp, int64_t channels,
-                 const float* dt, const float* decay) {
+template <int TB, int PV> void scan_tokens(const SsmParams& p, int64_t head, int64_t t0, int64_t v0, int64_t pp,
+                                           int64_t channels, const float* dt, const float* decay) {
   const int64_t di = p.heads * p.head_dim, group = head / (p.heads / p.groups);
   const float* u = p.u + t0 * channels;
   F16 dx[TB][PV], y[TB][PV];
@@ -73,8 +72,8 @@ void scan_tokens(const SsmParams& p, int64_t head, int64_t t0, int64_t v0, int64
       y[t][v] = mul(x, set1(p.d_skip[head]));
     }
   const float* b = u + di + group * p.n_state;
-  scan_block<TB, PV>(p.state + head * p.n_state * pp + v0 * 16, pp, p.n_state, decay, dx, b,
-                     b + p.groups * p.n_state, channels, y);
+  scan_block<TB, PV>(p.state + head * p.n_state * pp + v0 * 16, pp, p.n_state, decay, dx, b, b + p.groups * p.n_state,
+                     channels, y);
   for (int t = 0; t < TB; ++t)
     for (int v = 0; v < PV; ++v) {
       const int64_t i = (v0 + v) * 16, left = p.head_dim - i;
