@@ -15,7 +15,7 @@ namespace engine {
   F(int64_t, kv_heads) F(int64_t, d) F(float, scale)
 ENGINE_PARAMS(AttentionParams, ENGINE_ATTENTION_PARAMS)
 
-constexpr int64_t kAttentionSplit = 1024;   // positions per task in decode: fixed, so results do not depend on threads
+constexpr int64_t kAttentionSplit = 256;    // positions per task in decode: fixed, so results do not depend on threads
 constexpr int64_t kAttentionSplitRows = 4;  // up to this many tokens the context is split
 
 constexpr int64_t attention_workspace(int64_t m, int64_t heads, int64_t d, int64_t ctx) {

@@ -86,11 +86,10 @@ void gemm(const GemmParams& p, Ctx& ctx) {
   }
   const int64_t block = imax(1, imin(tiles.count, kBlockBytes / tile_bytes));
   const int64_t blocks = ceil_div(tiles.count, block);
-  // About eight tasks per thread and row block: late threads get less, and each still streams long runs.
-  int64_t chunk = round_up(imax(ceil_div(panels, 8 * ctx.n), 1), 4);
-  chunk = imin(chunk, 64);
-  const int64_t chunks = ceil_div(panels, chunk);
   const int step = panels_for(p.format, tiles.rows(0));
+  // At least four tasks per thread and row block, for a core that is disturbed; each still streams a long run.
+  const int64_t chunk = pick_chunk(panels, ctx.n, imin(ceil_div(panels, 4 * ctx.n), 64), step);
+  const int64_t chunks = ceil_div(panels, chunk);
   for (int64_t task; (task = claim(ctx)) < blocks * chunks;) {
     const int64_t t0 = (task / chunks) * block, t1 = imin(t0 + block, tiles.count);
     const int64_t p0 = (task % chunks) * chunk, p1 = imin(p0 + chunk, panels);

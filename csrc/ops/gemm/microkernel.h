@@ -422,6 +422,8 @@ static void row_int(const uint8_t* a8, const uint8_t* w, int64_t, int64_t k, int
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
           const Codes u = load_codes(b + v + j * 64);
+          // Two thirds of the instructions here are arithmetic: the hardware looks ahead too little.
+          _mm_prefetch(reinterpret_cast<const char*>(b + v + j * 64 + 2048), _MM_HINT_T0);
           s[j] = dot<true>(s[j], low_nibbles(u), a[2 * j]);
           s[2 + j] = dot<true>(s[2 + j], high_nibbles_x16(u), a[2 * j + 1]);
         }
@@ -492,6 +494,21 @@ static TileFn tile_fn(int32_t format, int64_t mr, int np) {
   }
 #undef ENGINE_TILE_ROW
   return nullptr;
+}
+
+// Panels per task, a multiple of `step`: the largest number in [most/4, most] that lets `n` equal threads finish first.
+// Sums do not depend on it, only time does.
+ENGINE_INLINE int64_t pick_chunk(int64_t panels, int64_t n, int64_t most, int64_t step) {
+  most = round_up(imax(most, 1), step);
+  int64_t best = most, best_span = INT64_MAX;
+  for (int64_t c = most; c >= step && c * 4 >= most; c -= step) {
+    const int64_t span = ceil_div(ceil_div(panels, c), n) * c;
+    if (span < best_span) {
+      best_span = span;
+      best = c;
+    }
+  }
+  return best;
 }
 
 // Runs one A tile against panels [p0, p1): fn(p, np, c) receives each finished block, c [mr][np*16].

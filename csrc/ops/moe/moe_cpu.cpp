@@ -14,8 +14,6 @@ void gemm(const GemmParams& p, Ctx& ctx);
 
 namespace {
 
-constexpr int64_t kUpChunk = 16, kDownChunk = 4;  // panels per task
-
 // One set of packed weights: `count` matrices [n, k], `stride` bytes apart.
 struct Weights {
   const uint8_t* base;
@@ -153,16 +151,19 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
   if (m <= 0) return;
   const Weights up = weights(p.up, p.format, p.inner, p.d, p.group, p.up_bias);
   const Weights sh = weights(p.shared_up, p.shared_format, p.shared, p.d, p.shared_group, p.shared_bias);
-  const int64_t chunks = ceil_div(ceil_div(p.inner, 16), kUpChunk);
-  const int64_t shared_chunks = p.shared_up ? ceil_div(ceil_div(p.shared, 16), kUpChunk) : 0;
+  // One row: few long streams. Many rows: about 16 panels, so that the touched experts balance.
+  const int64_t panels = ceil_div(p.inner, 16), shared_panels = p.shared_up ? ceil_div(p.shared, 16) : 0;
+  const int64_t most = p.m == 1 ? ceil_div(p.top_k * panels + shared_panels, 8 * ctx.n) : 16;
+  const int64_t chunk_size = ceil_div(panels, ceil_div(panels, imax(most, 1)));
+  const int64_t chunks = ceil_div(panels, chunk_size), shared_chunks = ceil_div(shared_panels, chunk_size);
   const auto put = [&](const Weights& w, int64_t expert, float* row, int64_t panel, const float* c) {
     const int64_t n = w.n - panel * 16;
     F16 v = load(c);
     if (w.bias) v = add(v, loadn(w.bias + expert * w.n + panel * 16, n));
     storen(row + panel * 16, activate(v, p.act), n);
   };
-  const auto last_panel = [](const Weights& w, int64_t chunk) {
-    return imin((chunk + 1) * kUpChunk, ceil_div(w.n, 16));
+  const auto last_panel = [chunk_size](const Weights& w, int64_t chunk) {
+    return imin((chunk + 1) * chunk_size, ceil_div(w.n, 16));
   };
 
   if (p.m == 1) {
@@ -179,7 +180,7 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
       const int64_t slot = routed ? task / chunks : 0, chunk = routed ? task % chunks : task - p.top_k * chunks;
       const int64_t expert = routed ? p.ids[slot] : 0;
       float* dst = routed ? p.h + slot * p.inner : p.hs;
-      product(w, expert, 0, 1, routed ? a : as, 0, chunk * kUpChunk, last_panel(w, chunk),
+      product(w, expert, 0, 1, routed ? a : as, 0, chunk * chunk_size, last_panel(w, chunk),
               [&](int64_t, int64_t panel, const float* c) { put(w, expert, dst, panel, c); });
     }
     return;
@@ -215,14 +216,14 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
   barrier(ctx);
   for (int64_t task; (task = claim(ctx)) < shared_chunks + p.experts * chunks;) {
     if (task < shared_chunks) {  // the largest products first
-      product(sh, 0, 0, m, shared_tiles, rbs, task * kUpChunk, last_panel(sh, task),
+      product(sh, 0, 0, m, shared_tiles, rbs, task * chunk_size, last_panel(sh, task),
               [&](int64_t r, int64_t panel, const float* c) { put(sh, 0, p.hs + r * p.shared, panel, c); });
       continue;
     }
     const int64_t e = (task - shared_chunks) / chunks, chunk = (task - shared_chunks) % chunks;
     const int64_t f = p.offsets[e], n = p.offsets[e + 1] - f;
     if (n == 0) continue;
-    product(up, e, f, n, tiles, rb, chunk * kUpChunk, last_panel(up, chunk),
+    product(up, e, f, n, tiles, rb, chunk * chunk_size, last_panel(up, chunk),
             [&](int64_t r, int64_t panel, const float* c) { put(up, e, p.h + r * p.inner, panel, c); });
   }
 }
@@ -232,7 +233,10 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
   if (m <= 0) return;
   const Weights down = weights(p.down, p.format, p.d, p.inner, p.group, p.down_bias);
   const Weights sh = weights(p.shared_down, p.shared_format, p.d, p.shared, p.shared_group, p.shared_bias);
-  const int64_t panels = ceil_div(p.d, 16), chunks = ceil_div(panels, kDownChunk);
+  const int64_t panels = ceil_div(p.d, 16);
+  // One row: long streams in each expert. Many rows: the weights of a task stay in L2 while an expert's rows pass.
+  const int64_t chunk_size = pick_chunk(panels, ctx.n, p.m == 1 ? ceil_div(panels, 8 * ctx.n) : 8, p.m == 1 ? 1 : 2);
+  const int64_t chunks = ceil_div(panels, chunk_size);
   const int64_t rb = moe_row_bytes(p.format, p.inner, p.group);
   const int64_t rbs = p.shared_down ? moe_row_bytes(p.shared_format, p.shared, p.shared_group) : 0;
   // out[t, panel] += scale * (c + bias): rows of one column block belong to one thread, experts come in order.
@@ -260,7 +264,7 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
     for (int64_t j = 0; j < p.top_k; ++j) pack_row(down, p.h + j * p.inner, a + j * rb);
     if (p.shared_down) pack_row(sh, p.hs, as);
     for (int64_t task; (task = claim(ctx)) < chunks;) {
-      const int64_t p0 = task * kDownChunk, p1 = imin(p0 + kDownChunk, panels);
+      const int64_t p0 = task * chunk_size, p1 = imin(p0 + chunk_size, panels);
       start_from_residual(p0, p1);
       for (int64_t j = 0; j < p.top_k; ++j)
         product(down, p.ids[j], 0, 1, a + j * rb, 0, p0, p1,
@@ -293,7 +297,7 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
   }
   barrier(ctx);
   for (int64_t task; (task = claim(ctx)) < chunks;) {
-    const int64_t p0 = task * kDownChunk, p1 = imin(p0 + kDownChunk, panels);
+    const int64_t p0 = task * chunk_size, p1 = imin(p0 + chunk_size, panels);
     start_from_residual(p0, p1);
     for (int64_t e = 0; e < p.experts; ++e) {
       const int64_t f = p.offsets[e], n = p.offsets[e + 1] - f;
