@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|model|plan] ...: see --help."""
+"""./run bench [ops|gemm|slice|full|model|plan|readme] ...: see --help."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     model = verbs.add_parser("model", help="nemotron-tiny: quality of each format beside its speed")
     model.add_argument("--problems", type=int, default=100)
     verbs.add_parser("plan", help="overhead of a replay per node")
+    verbs.add_parser("readme", help="write the generated tables of README.md")
     a = parser.parse_args(argv)
     if a.suite == "ops":
         from bench.ops import main as run
@@ -39,6 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         from bench.plan import main as run_plan
 
         run_plan()
+    elif a.suite == "readme":
+        from bench.readme import main as run_readme
+
+        run_readme()
     elif a.suite == "full":
         from bench.full import main as run_full
 
