@@ -1,6 +1,6 @@
 """Trains nemotron-tiny from nothing and writes it in the published layout.
 
-python examples/tiny/nemotron/train.py                 # about 30 minutes on two cores
+python examples/tiny/nemotron/train.py                 # two quiet cores: see the README for the time
 python examples/tiny/nemotron/train.py --background    # the same, detached; follow train.log
 python examples/tiny/nemotron/train.py --resume        # continue from the last checkpoint
 """
@@ -332,7 +332,7 @@ def train(rank: int, args: argparse.Namespace, rows: Tensor, barrier) -> None:
             print(f"step {n + 1} loss {mean:.4f} lr {lr:.2e} {spent:.0f} s {speed:.0f} tokens/s", flush=True)
         if rank == 0 and ((n + 1) % 250 == 0 or n + 1 == args.steps):
             save_checkpoint(checkpoint, n + 1, model, optimiser)
-        if rank == 0 and (n + 1) % 500 == 0:
+        if rank == 0 and ((n + 1) % 500 == 0 or n + 1 == args.steps):
             model.eval()
             for thinking in (True, False):
                 print(f"  thinking {thinking}: {evaluate.accuracy(model, tok, template, quiz, thinking)}", flush=True)
