@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.append(str(ROOT))  # for bench/; behind an installed engine, which must win over the source tree
 
 
 def pytest_configure(config):
