@@ -25,7 +25,7 @@ def main(problems: int = 100) -> None:
             for p in held[:20]:
                 steps += model.chat(p.messages, tools=p.tools, max_new_tokens=quality.ANSWER_TOKENS).timing.steps
             p50, p99 = np.percentile(steps, [50, 99]) * 1e6
-            profile = sum(us for _, us in model.plans["decode"].profile(50))
+            profile = sum(us for _, us in model.profile(repeats=50))
         report.add(format=name, exact_thinking=on, exact_direct=off, mean_kl=kl, same_top=same, p50_us=p50, p99_us=p99)
         print(
             f"{name:<5} exact answers {on:6.1%} thinking, {off:6.1%} direct; mean KL {kl:.1e}, same top-1 {same:.2%}; "

@@ -138,6 +138,7 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """The benches of a source checkout (same as ./run bench)."""
+    sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the folder it is called in
     try:
         from bench.run import main
     except ImportError:
@@ -178,12 +179,11 @@ def demo(name: Name = "nemotron-tiny", quant: Quant = None) -> None:
 def main() -> None:
     """Typed errors as one line, without a traceback."""
     try:
-        app()
+        app(prog_name="engine")
     except EngineError as error:
         print(f"engine: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path.cwd()))
     main()

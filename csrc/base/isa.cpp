@@ -23,6 +23,7 @@ const char* isa_missing(int isa) {
   if (isa >= kAvx2) {
     ENGINE_NEED("avx2");
     ENGINE_NEED("fma");
+    ENGINE_NEED("f16c");
   }
   if (isa >= kAvx512) {
     ENGINE_NEED("avx512f");

@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -53,8 +54,17 @@ int default_threads() {
     if (v > 0 && v <= 1024) return v;
   }
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-  return int(std::thread::hardware_concurrency());
+  const int cores =
+      sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
+  // A container may own many cores and the time of few: more threads than that would only be stopped by turns.
+  long quota = 0, period = 0;
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (std::fscanf(f, "%ld %ld", &quota, &period) != 2) quota = 0;
+    std::fclose(f);
+  }
+  if (quota <= 0 || period <= 0) return cores;
+  const int allowed = int((quota + period - 1) / period);
+  return allowed < cores ? allowed : cores;
 }
 
 }  // namespace
@@ -139,6 +149,10 @@ void Pool::stop() {
 
 void Pool::resize(int n) {
   std::lock_guard<std::mutex> lock(impl_->busy);
+  if (stale_) {
+    n_ = n;  // a forked child has no team yet: the next run starts one of this size
+    return;
+  }
   if (n == n_) return;
   stop();
   start(n);

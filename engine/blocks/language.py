@@ -15,11 +15,12 @@ import numpy as np
 
 from engine.blocks.prefix import PrefixCache
 from engine.blocks.sampling import SamplingOptions
-from engine.errors import ContextError, InputError, TokenizerError
-from engine.io.text import ChatTemplate, Event, Message, ResponseStream, StopScanner, Tokenizer
+from engine.errors import ContextError, EngineError, InputError, TokenizerError
+from engine.io.text import ChatTemplate, Event, Message, ResponseStream, StopScanner, StreamDecoder, Tokenizer
 from engine.ops.sample import SamplerState
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.model import Model
+from engine.runtime.plan import NodeInfo
 
 SNAPSHOT_EVERY = 4096  # tokens between snapshots inside a long prompt
 
@@ -97,12 +98,22 @@ class Score:
 class TextStream:
     """Iterator of `Event`s (kind 'reasoning', 'answer' or 'tool_call'; str(event.text)). `result` after the end.
 
-    Closing it, or leaving the loop, stops within one step and frees the model.
+    Closing it, or leaving the loop and dropping it, stops within one step and frees the model.
     """
 
-    def __init__(self, events: Iterator[Event]) -> None:
-        self._events = events
-        self.result: Generation | None = None
+    def __init__(self, events: Generator[Event, None, None], result: list[Generation]) -> None:
+        # The generator fills the list and does not know the stream: no cycle, so dropping the stream ends it.
+        self._events, self._result = events, result
+
+    @property
+    def result(self) -> Generation | None:
+        return self._result[0] if self._result else None
+
+    def finish(self) -> Generation:
+        """Runs to the end."""
+        for _ in self:
+            pass
+        return self._result[0]
 
     def __iter__(self) -> TextStream:
         return self
@@ -111,7 +122,10 @@ class TextStream:
         return next(self._events)
 
     def close(self) -> None:
-        self._events.close()  # type: ignore[attr-defined]
+        self._events.close()
+
+    def __del__(self) -> None:
+        self._events.close()
 
     def __enter__(self) -> TextStream:
         return self
@@ -149,21 +163,15 @@ class LanguageModel(Model):
     def _set(self, buffer: Tensor, value: int) -> None:
         buffer.numpy()[0] = value
 
-    def _prefill(
-        self, tokens: list[int], boundaries: Sequence[int] = (), plan: str = "prefill", chunk: int | None = None
-    ) -> None:
-        """Runs tokens[len(live):] through the network in chunks; snapshots at the given lengths."""
-        cache, io, run = self._cache, self.io, self.plans[plan].replay
-        assert cache.live is not None
-        start, limit = len(cache.live), chunk or self.chunk
+    def _prefill(self, tokens: list[int], cuts: Sequence[int] = ()) -> None:
+        """Runs tokens[len(live):] through the network in chunks; snapshots at the lengths in `cuts`."""
+        cache, io, run = self._cache, self.io, self.plans["prefill"].replay
+        live = cache.live or []
+        at = start = len(live)
         ids = io.ids.numpy()
-        cuts = sorted(
-            {b for b in boundaries if start < b < len(tokens)} | set(range(0, len(tokens), SNAPSHOT_EVERY)) - {0}
-        )
-        at, live = start, cache.live
         cache.live = None  # unknown until the last chunk is through
         while at < len(tokens):
-            stop = min([at + limit, len(tokens), *(c for c in cuts if c > at)])
+            stop = min([at + self.chunk, len(tokens), *(c for c in cuts if c > at)])
             n = stop - at
             ids[:n] = tokens[at:stop]
             self._set(io.rows, n)
@@ -180,7 +188,7 @@ class LanguageModel(Model):
     def _start(self, tokens: list[int], options: SamplingOptions, boundaries: Sequence[int]) -> int:
         """Prompt to first token: returns how many prompt tokens came from the cache."""
         reused = self._cache.rewind(tokens)
-        self._prefill(tokens, boundaries)
+        self._prefill(tokens, [*boundaries, *range(SNAPSHOT_EVERY, len(tokens), SNAPSHOT_EVERY)])
         s = self.io.sampler
         options.write(s)
         s.seen.numpy()[:] = 0
@@ -201,7 +209,7 @@ class LanguageModel(Model):
         return self.tokenizer.encode(text)
 
     def _prompt(self, prompt: str | Sequence[int], room: int = 1) -> list[int]:
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else [int(t) for t in np.asarray(prompt).reshape(-1)]
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not tokens:
             raise InputError("the prompt is empty; give at least one token")
         low, high = min(tokens), max(tokens)
@@ -233,7 +241,7 @@ class LanguageModel(Model):
         ignore_eos: bool, force: tuple[int, list[int]] | None,
     ) -> Generator[int, None, None]:  # fmt: skip
         """Token ids, one per step. `force` = (step, ids): from that step on the drawn ids are replaced by these,
-        unless the first of them was drawn before. Keeps the cache's record right however it is left."""
+        unless they were drawn before that. Keeps the cache's record right however it is left."""
         s, replay, clock = self.io.sampler, self.plans["decode"].replay, time.perf_counter
         token, step = s.token.numpy(), s.step.numpy()
         history, seen = s.history.numpy(), s.seen.numpy()
@@ -241,22 +249,31 @@ class LanguageModel(Model):
         self._start(prompt, options, boundaries)
         timing.prefill = clock() - t0
         forced: list[int] = []
+        written = set(prompt)
+        tail: list[int] = []
         try:
             for n in range(budget):
                 if n:
                     t0 = clock()
                     replay()
                     timing.steps.append(clock() - t0)
+                drawn = int(token[0])
+                if drawn < 0:
+                    raise EngineError(
+                        f"model {self.name!r} gave no finite logit; its weights or their quantisation are broken"
+                    )
                 if force is not None:
-                    if int(token[0]) == force[1][0]:
-                        force = None
+                    tail = [*tail, drawn][-len(force[1]) :]
+                    if tail == force[1]:
+                        force = None  # closed by itself
                     elif n >= force[0]:
                         forced, force = list(force[1]), None
                 if forced:
-                    token[0] = forced.pop(0)
-                    history[n] = token[0]
-                    seen[token[0]] = 1
-                drawn = int(token[0])
+                    if drawn not in written:
+                        seen[drawn] = 0  # drawn, but never part of the text
+                    drawn = token[0] = history[n] = forced.pop(0)
+                    seen[drawn] = 1
+                written.add(drawn)
                 yield drawn
                 if drawn in self.stop_ids and not ignore_eos:
                     break
@@ -268,16 +285,12 @@ class LanguageModel(Model):
             self._cache.snapshot()
 
     def _events(
-        self, stream: TextStream, prompt: list[int], budget: int, options: SamplingOptions, boundaries: Sequence[int],
-        parser: ResponseStream | StopScanner, ignore_eos: bool, force: tuple[int, list[int]] | None,
-    ) -> Iterator[Event]:  # fmt: skip
-        if self.tokenizer is None:
-            raise TokenizerError(
-                f"model {self.name!r} has no tokenizer.json; generate() with token ids returns ids only"
-            )
+        self, result: list[Generation], prompt: list[int], budget: int, options: SamplingOptions,
+        boundaries: Sequence[int], parser: ResponseStream | StopScanner, decoder: StreamDecoder, ignore_eos: bool,
+        force: tuple[int, list[int]] | None,
+    ) -> Generator[Event, None, None]:  # fmt: skip
         with self._use():
             timing, tokens = Timing(), []
-            decoder = self.tokenizer.stream()
             reason = "length"
             ids = self._tokens(prompt, budget, options, boundaries, timing, ignore_eos, force)
             finished = False
@@ -293,12 +306,16 @@ class LanguageModel(Model):
                         break
                 yield from parser.push(decoder.flush())
                 yield from parser.flush()
+                if parser.stopped:
+                    reason = "stop"
                 finished = True
             finally:
                 ids.close()
                 message = parser.message
-                stream.result = Generation(message.content, tokens, reason if finished else "cancelled", len(prompt),
-                                           self.reused_tokens, timing, message)  # fmt: skip
+                reason = reason if finished else "cancelled"
+                result.append(
+                    Generation(message.content, tokens, reason, len(prompt), self.reused_tokens, timing, message)
+                )
 
     def stream(
         self,
@@ -333,10 +350,14 @@ class LanguageModel(Model):
             if tools or thinking_budget is not None:
                 raise InputError("tools and thinking_budget need a list of messages as the prompt")
             tokens = self._prompt(prompt)  # type: ignore[arg-type]
-        budget = self._budget(max_new_tokens, len(tokens))
-        out = TextStream(iter(()))
-        out._events = self._events(out, tokens, budget, options, boundaries, parser, ignore_eos, force)
-        return out
+        if self.tokenizer is None:
+            raise TokenizerError(f"model {self.name!r} has no tokenizer.json to make text with; use generate(ids)")
+        budget, decoder = self._budget(max_new_tokens, len(tokens)), self.tokenizer.stream()
+        result: list[Generation] = []
+        events = self._events(result, tokens, budget, options, boundaries, parser, decoder, ignore_eos, force)
+        stream = TextStream(events, result)
+        self._open.add(stream)
+        return stream
 
     def generate(
         self, prompt: str | Sequence[int], *, max_new_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -346,14 +367,13 @@ class LanguageModel(Model):
         if self.tokenizer is None and not isinstance(prompt, str):
             return self._generate_ids(prompt, max_new_tokens, self._options(stop, sampling), ignore_eos)
         stream = self.stream(prompt, max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling)  # type: ignore[arg-type]
-        for _ in stream:
-            pass
-        assert stream.result is not None
-        return stream.result
+        return stream.finish()
 
     def _generate_ids(
         self, prompt: Sequence[int], max_new: int | None, options: SamplingOptions, ignore_eos: bool
     ) -> Generation:
+        if options.stop:
+            raise InputError(f"model {self.name!r} has no tokenizer.json: stop= strings need text; use stop ids")
         tokens = self._prompt(prompt)
         budget, timing = self._budget(max_new, len(tokens)), Timing()
         with self._use():
@@ -365,11 +385,7 @@ class LanguageModel(Model):
         """One assistant turn: message.content, message.reasoning, message.tool_calls. Arguments as `stream`."""
         if not isinstance(messages, (list, tuple)) or not messages or not isinstance(messages[0], dict):
             raise InputError("chat takes a non-empty list of messages such as {'role': 'user', 'content': 'Hi'}")
-        stream = self.stream(list(messages), **kwargs)  # type: ignore[arg-type]
-        for _ in stream:
-            pass
-        assert stream.result is not None
-        return stream.result
+        return self.stream(list(messages), **kwargs).finish()  # type: ignore[arg-type]
 
     def logits(self, ids: str | Sequence[int]) -> np.ndarray:
         """Logits [T, V] fp32 of a whole text from an empty state; row t predicts token t+1."""
@@ -408,9 +424,26 @@ class LanguageModel(Model):
         """Runs every plan once on an empty state."""
         with self._use():
             self._cache.clear()
-            self._start([0], SamplingOptions(), ())
-            self.plans["decode"].replay()
+            try:
+                self._start([0], SamplingOptions(), ())
+                self.plans["decode"].replay()
+            finally:
+                self._cache.clear()
+
+    def profile(self, plan: str = "decode", repeats: int = 20) -> list[tuple[NodeInfo, float]]:
+        """Median microseconds per node of a plan, on an empty sequence ('prefill': one full chunk)."""
+        if plan not in self.plans:
+            raise InputError(f"plan {plan!r} is not one of {', '.join(self.plans)}")
+        if not isinstance(repeats, int) or not 1 <= repeats < self.context:
+            raise InputError(f"repeats={repeats!r} is not an integer in [1, {self.context})")
+        with self._use():
             self._cache.clear()
+            self._set(self.io.sampler.pos, 0)
+            self._set(self.io.rows, min(self.chunk, self.io.score_logits.shape[0]) if plan == "score" else self.chunk)
+            try:
+                return self.plans[plan].profile(repeats)
+            finally:
+                self._cache.clear()
 
     # ------------------------------------------------------------------------------------------ chat
     def _options(self, stop: str | Sequence[str], sampling: dict) -> SamplingOptions:
@@ -418,7 +451,8 @@ class LanguageModel(Model):
         for key in sampling:
             if key not in known:
                 raise InputError(f"unknown argument {key!r}; sampling takes {', '.join(known)}")
-        return SamplingOptions(stop=(stop,) if isinstance(stop, str) else tuple(stop), **sampling)  # type: ignore[arg-type]
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        return SamplingOptions(stop=stops, **sampling)  # type: ignore[arg-type]
 
     def _render(self, messages: list[dict], tools: list[dict] | None, thinking: bool) -> tuple[list[int], list[int]]:
         """Prompt tokens, and where to snapshot: before the generation prompt, which later turns rewrite."""
@@ -433,3 +467,13 @@ class LanguageModel(Model):
         )
         boundary = next((i for i, (a, b) in enumerate(zip(history, tokens)) if a != b), min(len(history), len(tokens)))
         return tokens, [boundary]
+
+
+def _token_ids(prompt: object) -> list[int]:
+    try:
+        array = np.asarray(prompt)
+    except ValueError:
+        array = np.empty(0, object)
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError("the prompt must be a text or a flat list of integer token ids")
+    return array.reshape(-1).tolist() if array.size else []

@@ -45,7 +45,17 @@ class SamplingOptions:
             raise InputError(f"stop={self.stop!r} must be non-empty strings")
         object.__setattr__(self, "stop", tuple(self.stop))
 
+    @property
+    def greedy(self) -> bool:
+        """Below 1e-5 dividing by the temperature overflows; the draw is the argmax there anyway."""
+        return self.temperature < 1e-5
+
     def write(self, state: SamplerState) -> None:
-        state.control.numpy()[:] = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
+        state.control.numpy()[:] = (
+            0.0 if self.greedy else self.temperature,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+        )
         state.limits.numpy()[0] = self.top_k
         state.seed.numpy()[0] = self.seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,18 +12,21 @@ from engine.runtime import cuda, device, plan
 from engine.runtime.arena import Tensor
 
 _OPS: dict[str, int] = {name: i for i, (name, _) in enumerate(_C.ops())}
-_strict = False
+_local = threading.local()  # strictness belongs to the thread that loads
 
 
 @contextmanager
 def strict(on: bool) -> Iterator[None]:
     """While on, an op that would not run on the fastest implementation of this host raises DispatchError."""
-    global _strict
-    before, _strict = _strict, on
+    before, _local.strict = is_strict(), on
     try:
         yield
     finally:
-        _strict = before
+        _local.strict = before
+
+
+def is_strict() -> bool:
+    return getattr(_local, "strict", False)
 
 
 def rejected(isa: int) -> tuple[tuple[str, str], ...]:
@@ -49,7 +53,7 @@ def call(op: str, label: str = "", nbytes: int = 0, **arguments: Tensor | float 
         _call_cuda(op, label, nbytes, values)
         return
     isa = device.isa()
-    if _strict and isa != _C.host_isa():
+    if is_strict() and isa != _C.host_isa():
         raise DispatchError(
             f"op {op!r} would run on cpu/{device.ISAS[isa]}, but this CPU has {device.ISAS[_C.host_isa()]}; "
             "unset ENGINE_ISA or load with strict=False"

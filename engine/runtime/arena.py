@@ -123,8 +123,9 @@ class Arena:
     `seal()` nothing can be allocated: a step that tries breaks the rule of static plans and raises PlanError.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", dry: bool = False) -> None:
         self.device = device
+        self.dry = dry  # counts bytes and takes none: what a load would need
         self.sealed = False
         self.allocations = 0
         self.buffers: dict[str, tuple[str, Tensor]] = {}
@@ -140,6 +141,9 @@ class Arena:
             raise PlanError(f"part {part!r} is not one of {', '.join(PARTS)}")
         shape = tuple(int(s) for s in shape)
         nbytes = math.prod(shape) * DTYPES[dtype][0]
+        if self.dry:
+            self.buffers[name] = (part, Tensor(0, shape, dtype, None, self.device))
+            return self.buffers[name][1]
         try:
             if nbytes >= _SLAB // 4:
                 memory, offset = self._take(nbytes), 0
@@ -161,11 +165,6 @@ class Arena:
 
     def _take(self, nbytes: int) -> Any:
         return _C.Memory(nbytes) if self.device == "cpu" else cuda.memory(nbytes, self.device)
-
-    def adopt(self, name: str, tensor: Tensor, part: str) -> Tensor:
-        """Lists memory that was made elsewhere (packed weights) in the plan."""
-        self.buffers[name] = (part, tensor)
-        return tensor
 
     def seal(self) -> None:
         self.sealed = True

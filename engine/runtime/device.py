@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from engine import _C
 from engine.errors import DeviceError, InputError
@@ -37,16 +38,17 @@ def _index(name: str) -> int:
     return ISAS.index(name)
 
 
-_isa = _index(os.environ["ENGINE_ISA"]) if os.environ.get("ENGINE_ISA") else _C.host_isa()
+_target = threading.local()  # device and instruction set are chosen per thread
+_default_isa = _index(os.environ["ENGINE_ISA"]) if os.environ.get("ENGINE_ISA") else _C.host_isa()
 
 
 def isa() -> int:
     """Index into ISAS of the instruction set that ops run on."""
-    return _isa
+    return getattr(_target, "isa", _default_isa)
 
 
 def isa_name() -> str:
-    return ISAS[_isa]
+    return ISAS[isa()]
 
 
 def available_isas() -> list[str]:
@@ -55,16 +57,12 @@ def available_isas() -> list[str]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Runs ops on another instruction set; plans captured inside keep it."""
-    global _isa
-    before, _isa = _isa, _index(name)
+    """Runs this thread's ops on another instruction set; plans captured inside keep it."""
+    before, _target.isa = isa(), _index(name)
     try:
         yield
     finally:
-        _isa = before
-
-
-_target = threading.local()
+        _target.isa = before
 
 
 def target() -> str:
@@ -83,6 +81,21 @@ def on(name: str) -> Iterator[None]:
         yield
     finally:
         _target.name = before
+
+
+def available_bytes() -> int:
+    """Memory that this process can still take: what the system has free, within its control group's limit."""
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        have = int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
+    with suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" raises ValueError: no limit
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # caches give way
+        have = min(have, limit - used)
+    return have
 
 
 def threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Model:
         self.notes: list[str] = []
         self.closed = False
         self._lock = threading.Lock()
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # streams that may hold the lock
 
     def __enter__(self):
         return self
@@ -110,11 +112,24 @@ class Model:
         """Touches every page that a step uses."""
 
     def close(self) -> None:
-        """Frees plans and memory; later calls raise ClosedError. Closing twice is fine."""
-        with self._lock:
+        """Frees plans and memory; later calls raise ClosedError. Closing twice is fine; open streams end.
+
+        Raises: BusyError while another thread is inside a call.
+        """
+        busy = f"model {self.name!r} is working for another thread; close it after that"
+        for stream in list(self.__dict__.get("_open", ())):
+            try:
+                stream.close()
+            except ValueError:  # the generator is running, on another thread
+                raise BusyError(busy) from None
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(busy)
+        try:
             self.closed = True
             for name in set(vars(self)) - {"name", "closed", "_lock"}:
                 delattr(self, name)
+        finally:
+            self._lock.release()
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for what is not there: after close() that is everything.

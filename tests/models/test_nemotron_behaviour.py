@@ -22,6 +22,7 @@ from engine.errors import (
     ContextError,
     DeviceError,
     DispatchError,
+    EngineError,
     InputError,
     MemoryPlanError,
     TokenizerError,
@@ -122,6 +123,19 @@ def test_snapshots_behind_a_divergence_are_dropped(model):
     assert again.reused_tokens == 0
 
 
+def test_scoring_is_not_cut_by_snapshots(folder, monkeypatch):
+    """Chunks that do not divide the distance between snapshots once left rows of another block."""
+    ids = (PROMPT * 5)[:190]
+    with engine.load(folder, context=256) as m:
+        want = m.logits(ids)
+    monkeypatch.setattr(engine.blocks.language, "SNAPSHOT_EVERY", 64)
+    with engine.load(folder, context=256, chunk=24) as m:
+        got = m.logits(ids)
+        assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
+        m.generate(ids, max_new_tokens=1)
+        assert m.generate([*ids[:130], 7], max_new_tokens=1).reused_tokens == 128
+
+
 def test_score_matches_logits(model):
     x = model.logits(PROMPT).astype(np.float64)
     lse = np.log(np.exp(x - x.max(1, keepdims=True)).sum(1)) + x.max(1)
@@ -187,6 +201,57 @@ def test_second_thread_is_refused(model):
     assert model.generate(PROMPT, max_new_tokens=1).tokens
 
 
+def test_profile_leaves_no_trace(model):
+    want = model.generate(PROMPT, max_new_tokens=6, ignore_eos=True).tokens
+    for plan in model.plans:
+        rows = model.profile(plan, repeats=3)
+        assert [info.label for info, _ in rows] == [n.label for n in model.plans[plan].nodes]
+    assert model.generate(PROMPT, max_new_tokens=6, ignore_eos=True).tokens == want
+    with pytest.raises(InputError, match="decoed"):
+        model.profile("decoed")
+
+
+@pytest.fixture(scope="module")
+def chatty():
+    with engine.load("nemotron-tiny", context=512) as m:
+        yield m
+
+
+def test_dropping_a_stream_frees_the_model(chatty):
+    for event in chatty.stream("What is", max_new_tokens=50, ignore_eos=True):
+        assert event.kind == "answer"
+        break
+    assert chatty.generate("What is", max_new_tokens=2).tokens  # no BusyError
+
+
+def test_closing_a_stream_keeps_what_was_made(chatty):
+    stream = chatty.stream("What is", max_new_tokens=50, ignore_eos=True)
+    next(stream)
+    assert stream.result is None
+    stream.close()
+    assert stream.result.finish_reason == "cancelled" and stream.result.tokens
+    assert list(stream) == []
+
+
+def test_close_ends_an_open_stream():
+    m = engine.load("nemotron-tiny", context=128)
+    stream = m.stream("What is", max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    m.close()
+    assert list(stream) == []
+    with pytest.raises(ClosedError):
+        m.generate("x")
+
+
+def test_stop_strings_and_budget(chatty):
+    whole = chatty.generate("What is", max_new_tokens=30, ignore_eos=True).text
+    cut = chatty.generate("What is", max_new_tokens=30, ignore_eos=True, stop=whole[8:11])
+    assert cut.text == whole[: whole.index(whole[8:11])] and cut.finish_reason == "stop"
+    assert chatty.generate("What is", max_new_tokens=3, stop=None).text
+    off = chatty.chat([{"role": "user", "content": "What is 47 + 85?"}], thinking_budget=0, max_new_tokens=60)
+    assert off.message.reasoning == ""
+
+
 def test_closed_model(folder):
     m = engine.load(folder, context=64)
     memory = weakref.ref(m.arena)
@@ -204,6 +269,12 @@ def test_closed_model(folder):
     [
         (lambda m: m.generate([], max_new_tokens=1), InputError, "empty"),
         (lambda m: m.generate([300], max_new_tokens=1), InputError, "vocabulary"),
+        (lambda m: m.generate(["a"]), InputError, "integer token ids"),
+        (lambda m: m.generate([None]), InputError, "integer token ids"),
+        (lambda m: m.generate([1.5]), InputError, "integer token ids"),
+        (lambda m: m.generate([[1], [1, 2]]), InputError, "integer token ids|empty"),
+        (lambda m: m.generate([1], stop=["x"]), InputError, "tokenizer"),
+        (lambda m: m.stream([1]), TokenizerError, "tokenizer"),
         (lambda m: m.generate([-1], max_new_tokens=1), InputError, "vocabulary"),
         (lambda m: m.generate([1] * 256, max_new_tokens=1), ContextError, "context"),
         (lambda m: m.generate([1] * 250, max_new_tokens=100), ContextError, "max_new_tokens=100"),
@@ -234,6 +305,7 @@ def test_bad_calls(model, call, error, words):
         ({"dtype": "fp8"}, InputError, "fp8"),
         ({"dtype": "fp16"}, InputError, "float32 or bfloat16"),
         ({"context": 1 << 30}, InputError, "context"),
+        ({"context": 0}, InputError, "context"),
         ({"chunk": 0}, InputError, "chunk"),
         ({"device": "cuda"}, DeviceError, "cuda"),
         ({"device": "tpu"}, InputError, "tpu"),
@@ -274,6 +346,39 @@ def test_bad_weights(tmp_path, folder, change, words):
         engine.load(_changed(tmp_path, folder, change))
 
 
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_weights_beyond_the_scales_are_refused(tmp_path, folder, quant):
+    def change(t):
+        t["backbone.layers.0.mixer.in_proj.weight"][1][3, 5] = 3e7  # its fp16 scale would be infinite
+
+    with pytest.raises(CheckpointError, match="in_proj"):
+        engine.load(_changed(tmp_path, folder, change), quant=quant)
+
+
+def test_a_log_that_overflows_is_refused(tmp_path, folder):
+    with pytest.raises(CheckpointError, match="A_log"):
+        engine.load(_changed(tmp_path, folder, lambda t: t["backbone.layers.0.mixer.A_log"][1].__setitem__(0, 100.0)))
+
+
+def test_broken_logits_are_an_error(folder):
+    with engine.load(folder, context=64) as m:
+        m.weights.norm_f.numpy()[:] = np.nan
+        for sampling in ({}, {"temperature": 1.0, "top_p": 0.9, "top_k": 5}):
+            with pytest.raises(EngineError, match="no finite logit"):
+                m.generate(PROMPT[:5], max_new_tokens=2, **sampling)
+
+
+def test_plan_equals_what_a_load_takes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for options in ({}, {"quant": "int4", "context": 512, "chunk": 64, "snapshots": 1}):
+        planned = engine.models.family("nemotron_h").plan(config, **options)
+        with engine.load(folder, **options) as m:
+            taken = m.memory().parts
+        for part in ("state", "kv", "workspace", "io"):
+            assert planned[part] == taken[part], part
+        assert planned["weights"] == pytest.approx(taken["weights"], rel=0.1)  # padding of tiny matrices
+
+
 def test_mtp_tensors_are_skipped_and_listed(tmp_path, folder):
     out = _changed(tmp_path, folder, lambda t: t.update({"mtp.layers.0.norm.weight": ("F32", np.ones(4, np.float32))}))
     with engine.load(out, context=64) as m:
@@ -309,7 +414,7 @@ def test_unknown_family_and_missing_config(tmp_path):
 
 
 def test_memory_plan_refuses_before_work(tmp_path):
-    huge = dataclasses.replace(tiny.CONFIG, hidden_size=65536, intermediate_size=1 << 20, pattern="-" * 64)
+    huge = dataclasses.replace(tiny.CONFIG, hidden_size=16384, intermediate_size=65536, pattern="-" * 64)
     tmp_path.joinpath("config.json").write_text(json.dumps(huge.to_json()))
     from engine.models.nemotron.model import Nemotron
 

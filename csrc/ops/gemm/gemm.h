@@ -3,7 +3,7 @@
 // rows, when given, is read at run time and replaces m: one recorded node serves every length up to m.
 // Prologues: rms_norm  x * rsqrt(mean(x^2) + eps) * pro_w over K
 //            gated     v = x * silu(z), then rms_norm over groups of norm_group channels, times pro_w
-// ws: at least gemm_workspace(m, k) bytes, used when M*K is too large for every thread to pack it for itself.
+// ws: workspace_bytes(m, k) of engine/ops/gemm.py, used when M*K is too large for every thread to pack it for itself.
 #pragma once
 #include "base/params.h"
 
@@ -21,7 +21,7 @@ ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
 // Packed: panels of 16 output rows, K inside, 64-byte vectors of 16 rows x {1 f32 | 2 bf16 | 4 u8 | 8 u4} k values;
 // in quantised panels every two groups of codes are followed by their 2 x 16 fp16 scales: one stream to read. Same bytes
 // on every ISA. k % group == 0 when quantised.
-// *bad is set to 1 when a source value is NaN or infinite.
+// *bad is set to 1 when a source value is NaN or infinite, or too large for a scale in fp16.
 #define ENGINE_GEMM_PACK_PARAMS(F)                                                                     \
   F(const void*, src) F(int64_t, lds) F(int32_t, src_dtype) F(uint8_t*, dst) F(int64_t, n) F(int64_t, k) \
   F(int64_t, n0) F(int32_t, format) F(int32_t, group) F(int32_t*, bad)

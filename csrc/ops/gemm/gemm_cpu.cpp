@@ -174,6 +174,7 @@ void gemm_pack(const GemmPackParams& p, Ctx& ctx) {
           for (int c = 0; c < candidates && extreme != 0.f; ++c) {
             const float want = four ? -extreme / (top - 0.125f * float(c)) : (vmax > -vmin ? vmax : -vmin) / high;
             const float scale = f16_to_f32(f32_to_f16(want));
+            if (!(fabsf(scale) <= 65504.f) && p.bad) __atomic_store_n(p.bad, 1, __ATOMIC_RELAXED);
             if (scale == 0.f) continue;
             const F16 inv = set1(1.f / scale), sc = set1(scale);
             F16 err = zero();

@@ -4,7 +4,7 @@
 //   whose mass reaches p; min_p keeps p_i >= min_p * p_max; then argmax(l + Gumbel), Gumbel from Philox
 //   (seed, index = token id, offset = step, stream 1). temperature 0: argmax of the penalised logits, lowest id on ties.
 // control f32 [4]: temperature, top_p, min_p, repetition_penalty; limits i32 [1]: top_k (0 = off); seed u64 [1].
-// Then: *token = id; seen[id] = 1; history[step] = id (if step < capacity); *pos += 1; *step += 1.
+// Without a finite logit the id is -1. Then: *token = id; seen[id] = 1; history[step] = id (if step < capacity); *pos += 1; *step += 1.
 // work f32 [V]; ws: sample_workspace(V) bytes.
 #pragma once
 #include "base/params.h"

@@ -1,7 +1,7 @@
 // sample: penalties, temperature, top-k / top-p / min-p thresholds, Gumbel-max draw
 // layout   logits and work [V] f32; per-chunk results in ws, reduced in chunk order
 // mapping  chunks of 4096 tokens; thresholds by radix selection on thread 0; draw again in chunks
-// moves    logits once, work 2-3 times
+// moves    logits once, work twice; three passes more for top-k, four more for top-p
 // tried    sorting candidates: not needed, a threshold and Gumbel-max give the same distribution without order
 #include "ops/sample/sample.h"
 
@@ -68,7 +68,7 @@ void sample(const SampleParams& p, Ctx& ctx) {
 
   for (int64_t c; (c = claim(ctx)) < chunks;) {
     const int64_t i0 = c * kSampleChunk, n = imin(kSampleChunk, p.vocab - i0);
-    ChunkBest b{-INFINITY, int32_t(i0), 0};
+    ChunkBest b{-INFINITY, -1, 0};
     for (int64_t i = i0; i < i0 + n; ++i) {
       float l = p.logits[i];
       if (penalty != 1.f && p.seen[i]) l = l > 0.f ? l / penalty : l * penalty;
@@ -100,7 +100,7 @@ void sample(const SampleParams& p, Ctx& ctx) {
         floor = f > floor ? f : floor;
       }
       *threshold = floor < top.value ? floor : top.value;
-      *bound = double(top.value) + gumbel(*p.seed, top.id, step);
+      *bound = double(top.value) + (top.id < 0 ? 0. : gumbel(*p.seed, top.id, step));
     }
     barrier(ctx);
     // -log(-log(u)) of the largest u is below 23: a token that far under a known score cannot win.
@@ -121,12 +121,13 @@ void sample(const SampleParams& p, Ctx& ctx) {
   if (ctx.tid != 0) return;
   ChunkBest win = best[0];
   for (int64_t c = 1; c < chunks; ++c) {
-    if (greedy ? best[c].value > win.value : best[c].id >= 0 && (win.id < 0 || best[c].score > win.score))
+    if (greedy ? best[c].id >= 0 && (win.id < 0 || best[c].value > win.value)
+               : best[c].id >= 0 && (win.id < 0 || best[c].score > win.score))
       win = best[c];
   }
-  const int32_t id = win.id < 0 ? 0 : win.id;
+  const int32_t id = win.id;
   *p.token = id;
-  p.seen[id] = 1;
+  if (id >= 0) p.seen[id] = 1;
   if (step >= 0 && step < p.capacity) p.history[step] = id;
   *p.pos += 1;
   *p.step = int32_t(step + 1);

@@ -7,40 +7,52 @@ o_proj (a dense MLP has two). The norms are prologues, residual adds are epilogu
 from __future__ import annotations
 
 import math
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.blocks.language import LanguageModel, TokenIO
-from engine.errors import ConfigError, InputError, MemoryPlanError, TokenizerError
+from engine.blocks.prefix import PrefixCache
+from engine.errors import ConfigError, InputError, MemoryPlanError
 from engine.io.checkpoint import Checkpoint, Source
 from engine.io.text import ChatTemplate, Tokenizer
 from engine.models.nemotron.config import NemotronConfig
-from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, Weights, load_weights
+from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, Recipe, load_weights, weight_bytes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops import moe as moe_op
 from engine.ops.attention import KVCache, attention
 from engine.ops.dispatch import strict as strict_dispatch
 from engine.ops.gather import gather
-from engine.ops.gemm import gemm
+from engine.ops.gemm import PackedMatrix, gemm
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
 from engine.ops.sample import sample
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import parse_dtype
+from engine.runtime.device import available_bytes, parse_dtype
 from engine.runtime.plan import capture
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_CHUNK = 512
 NODE_BUDGET = {"M": 3, "E": 3, "*": 3, "-": 2}  # per layer; 3 more outside: embedding, head, draw
+DEFAULT_SNAPSHOTS = 4
+MAX_HEAD_DIM = 1024
+MAX_ROUTED_BYTES = 3 << 20  # activations of one token that moe_down packs in thread scratch
 SCORE_BYTES = 64 << 20  # logits kept for score(), at most
 
 
 class Buffers:
-    """Workspace of a step of up to `m` tokens; layers share it."""
+    """Workspace of a step of up to `m` tokens; layers share it. `up` and `shared` are those of any MoE layer."""
 
-    def __init__(self, c: NemotronConfig, w: Weights, arena: Arena, m: int, context: int) -> None:
+    def __init__(
+        self,
+        c: NemotronConfig,
+        up: PackedMatrix | None,
+        shared: PackedMatrix | None,
+        arena: Arena,
+        m: int,
+        context: int,
+    ) -> None:
         def ws(name: str, *shape: int, dtype: str = "f32") -> Tensor:
             return arena.alloc(name, shape, dtype)
 
@@ -52,14 +64,13 @@ class Buffers:
         self.y = ws("y", m, max(c.mamba_inner if "M" in c.pattern else 1, q if "*" in c.pattern else 1))
         self.qkv = ws("qkv", m, q + 2 * kv) if "*" in c.pattern else None
         self.mlp = ws("mlp", m, c.intermediate_size) if "-" in c.pattern else None
-        moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
         sizes = [gemm_op.workspace_bytes(m, k) for k in (d, self.y.shape[1], c.intermediate_size)]
         self.routing = None
-        if moe is not None:
+        if up is not None:
             self.routing = Routing.empty(arena, "routing", m, c.n_routed_experts, c.num_experts_per_tok)
             self.h = ws("h", m * c.num_experts_per_tok, c.moe_intermediate_size)
             self.hs = ws("hs", m, max(c.shared_width, 1))
-            sizes.append(moe_op.moe_workspace(m, d, moe.up, c.num_experts_per_tok, moe.shared_up))
+            sizes.append(moe_op.moe_workspace(m, d, up, c.num_experts_per_tok, shared))
         if "*" in c.pattern:
             sizes.append(attention_op.workspace_bytes(m, c.num_attention_heads, c.head_dim, context))
         self.ws = ws("ws", max(sizes), dtype="u8")
@@ -89,12 +100,7 @@ class Nemotron(LanguageModel):
         """From a folder in the published layout; `source` replaces its weight files."""
         config = NemotronConfig.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-        try:
-            template = ChatTemplate.from_folder(folder)
-        except TokenizerError:
-            if (folder / "chat_template.jinja").exists():
-                raise
-            template = None
+        template = ChatTemplate.from_folder(folder) if _has_template(folder) else None
         if source is not None:
             return cls(config, source, name=folder.name, tokenizer=tokenizer, template=template, **options)  # type: ignore[arg-type]
         with Checkpoint(folder) as checkpoint:
@@ -110,7 +116,7 @@ class Nemotron(LanguageModel):
         quant: str | None = None,
         context: int | None = None,
         chunk: int = DEFAULT_CHUNK,
-        snapshots: int = 4,
+        snapshots: int = DEFAULT_SNAPSHOTS,
         strict: bool = False,
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
@@ -123,36 +129,22 @@ class Nemotron(LanguageModel):
         prefix reuse.
         """
         c = self.config = config
-        parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
-        context = _bounded(
-            "context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings
-        )
-        chunk = min(_bounded("chunk", chunk, 1, 16384), context)
-        _bounded("snapshots", snapshots, 0, 64)
+        o = Options.of(c, dtype, quant, context, chunk, snapshots)
         if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
             raise ConfigError(
                 f"tokenizer.json has {tokenizer.vocab_size} tokens and config.json a vocab_size of {c.vocab_size}; "
                 "the files do not belong together"
             )
-        context = math.ceil(context / 16) * 16
-        kv_format = "f32" if parsed == "f32" and quant is None else "bf16"
+        _check_memory(o.bytes(c), quant)
         arena = Arena()
-        _check_memory(c, parsed, quant, context, kv_format)
-        self.weights = w = load_weights(c, source, arena, parsed, quant, progress)
-
-        mamba = [i for i, k in enumerate(c.pattern) if k == "M"]
-        shape = SsmShape(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel)
-        self._ssm = shape
-        self._conv = {i: arena.alloc(f"conv.{i}", (c.conv_kernel - 1, c.conv_dim), "f32", "state") for i in mamba}
-        self._state = {i: arena.alloc(f"ssm.{i}", shape.state, "f32", "state") for i in mamba}
-        self._kv = {i: KVCache.empty(arena, f"kv.{i}", c.num_key_value_heads, c.head_dim, context, kv_format)
-                    for i, k in enumerate(c.pattern) if k == "*"}  # fmt: skip
-        score_chunk = max(1, min(chunk, SCORE_BYTES // (4 * c.vocab_size)))
-        io = TokenIO.empty(arena, c.vocab_size, chunk, score_chunk, context)
+        with strict_dispatch(strict):
+            self.weights = w = load_weights(c, source, arena, o.dtype, quant, progress)
+        moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
+        made = o.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
+        self._ssm, self._conv, self._state, self._kv = made.ssm, made.conv, made.state, made.kv
         super().__init__(
-            name, arena, io, [*self._conv.values(), *self._state.values()], vocab_size=c.vocab_size,
-            context=context, stop_ids=c.eos_token_ids, tokenizer=tokenizer, template=template,
-            snapshots=snapshots,
+            name, arena, made.io, [*made.conv.values(), *made.state.values()], vocab_size=c.vocab_size,
+            context=o.context, stop_ids=c.eos_token_ids, tokenizer=tokenizer, template=template, snapshots=snapshots,
         )  # fmt: skip
         self.weight_notes = w.notes
         if w.skipped:
@@ -160,25 +152,18 @@ class Nemotron(LanguageModel):
             self.notes.append(
                 f"skipped {len(w.skipped)} tensors (multi-token prediction): {', '.join(w.skipped[:4])}{more}"
             )
-        buffers = Buffers(c, w, arena, chunk, context)
-        last = arena.alloc("last_row", (1, c.hidden_size))
         arena.seal()
         with strict_dispatch(strict):
-            self._capture(buffers, last, score_chunk)
+            self._capture(made.buffers, made.last, o.score_chunk)
 
     @staticmethod
     def plan(
-        config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None
-    ) -> dict[str, int]:
-        """Bytes of weights, kv and state that a load would take, from config.json alone."""
+        config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None,
+        chunk: int = DEFAULT_CHUNK, snapshots: int = DEFAULT_SNAPSHOTS,
+    ) -> dict[str, int]:  # fmt: skip
+        """Bytes by part that a load would take, from config.json alone and by the code that allocates."""
         c = NemotronConfig.from_json(config)
-        parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
-        context = _bounded(
-            "context", context or min(DEFAULT_CONTEXT, c.max_position_embeddings), 16, c.max_position_embeddings
-        )
-        return plan_bytes(
-            c, parsed, quant, math.ceil(context / 16) * 16, "f32" if parsed == "f32" and quant is None else "bf16"
-        )
+        return Options.of(c, dtype, quant, context, chunk, snapshots).bytes(c)
 
     # ------------------------------------------------------------------------------------------ the step
     def _capture(self, buffers: Buffers, last: Tensor, score_chunk: int) -> None:
@@ -270,43 +255,115 @@ class Nemotron(LanguageModel):
         return sum(NODE_BUDGET[k] for k in self.config.pattern) + 3
 
 
-def plan_bytes(c: NemotronConfig, dtype: str, quant: str | None, context: int, kv_format: str) -> dict[str, int]:
-    """Bytes of the large parts, from the configuration alone: what `load` will take."""
-    from engine.models.nemotron.weights import Recipe, tensor_shapes
+@dataclass(frozen=True)
+class Made:
+    """Every buffer of a model besides its weights and snapshots."""
 
-    bits = {"f32": 32.0, "bf16": 16.0, "i8": 8.25, "i4": 4.25}
-    recipe = Recipe(c, dtype, quant)
-    weights = 0.0
-    for name, shape in tensor_shapes(c).items():
-        size = math.prod(shape)
-        if name == "embeddings.weight":
-            weights += size * (4 if dtype == "f32" and quant is None else 2)
-        elif len(shape) != 2 or ".gate." in name:
-            weights += size * 4
-        else:
-            layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-            role = (
-                "lm_head"
-                if layer < 0
-                else {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}[c.pattern[layer]]
-            )
-            weights += size * bits[recipe.format(role, shape[1], layer)] / 8
-    kv = sum(KVCache.nbytes(c.num_key_value_heads, c.head_dim, context, kv_format)) * c.pattern.count("*")
-    scan = SsmShape(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel)
-    state = c.pattern.count("M") * 4 * (math.prod(scan.state) + (c.conv_kernel - 1) * c.conv_dim)
-    return {"weights": int(weights), "kv": kv, "state": state}
+    ssm: SsmShape
+    conv: dict[int, Tensor]
+    state: dict[int, Tensor]
+    kv: dict[int, KVCache]
+    io: TokenIO
+    buffers: Buffers
+    last: Tensor
 
 
-def _check_memory(c: NemotronConfig, dtype: str, quant: str | None, context: int, kv_format: str) -> None:
-    parts = plan_bytes(c, dtype, quant, context, kv_format)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need = sum(parts.values())
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a load."""
+
+    dtype: str
+    quant: str | None
+    kv_format: str
+    context: int
+    chunk: int
+    score_chunk: int
+    snapshots: int
+
+    @staticmethod
+    def of(
+        c: NemotronConfig, dtype: object, quant: str | None, context: int | None, chunk: int, snapshots: int
+    ) -> Options:
+        parsed = parse_dtype(c.torch_dtype if dtype in ("auto", None) else dtype)
+        if parsed == "f16" and dtype in ("auto", None):
+            parsed = "f32"  # the CPU kernels have no fp16; fp32 loses nothing
+        limit = c.max_position_embeddings
+        context = _bounded("context", min(DEFAULT_CONTEXT, limit) if context is None else context, 1, limit)
+        context = math.ceil(context / 16) * 16
+        chunk = min(_bounded("chunk", chunk, 1, 16384), context)
+        score_chunk = max(1, min(chunk, SCORE_BYTES // (4 * c.vocab_size)))
+        kv_format = "f32" if parsed == "f32" and quant is None else "bf16"
+        _check_widths(c)
+        return Options(parsed, quant, kv_format, context, chunk, score_chunk, _bounded("snapshots", snapshots, 0, 64))
+
+    def allocate(self, c: NemotronConfig, arena: Arena, up: PackedMatrix | None, shared: PackedMatrix | None) -> Made:
+        mamba = [i for i, k in enumerate(c.pattern) if k == "M"]
+        shape = SsmShape(c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size, c.conv_kernel)
+        return Made(
+            shape,
+            {i: arena.alloc(f"conv.{i}", (c.conv_kernel - 1, c.conv_dim), "f32", "state") for i in mamba},
+            {i: arena.alloc(f"ssm.{i}", shape.state, "f32", "state") for i in mamba},
+            {
+                i: KVCache.empty(arena, f"kv.{i}", c.num_key_value_heads, c.head_dim, self.context, self.kv_format)
+                for i, k in enumerate(c.pattern)
+                if k == "*"
+            },
+            TokenIO.empty(arena, c.vocab_size, self.chunk, self.score_chunk, self.context),
+            Buffers(c, up, shared, arena, self.chunk, self.context),
+            arena.alloc("last_row", (1, c.hidden_size)),
+        )
+
+    def bytes(self, c: NemotronConfig) -> dict[str, int]:
+        """By part; nothing is taken."""
+        arena, recipe = Arena(dry=True), Recipe(c, self.dtype, self.quant)
+        up = shared = None
+        if "E" in c.pattern:
+            width = c.hidden_size
+            up = PackedMatrix.empty(arena, "up", c.moe_intermediate_size, width, recipe.format("experts", width))
+            if c.shared_width:
+                shared = PackedMatrix.empty(
+                    arena, "shared", c.shared_width, width, recipe.format("shared expert", width)
+                )
+        arena.buffers.clear()
+        made = self.allocate(c, arena, up, shared)
+        PrefixCache(arena, [*made.conv.values(), *made.state.values()], self.snapshots)
+        return arena.summary() | {"weights": weight_bytes(c, recipe)}
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists():
+        return True
+    path = folder / "tokenizer_config.json"
+    # A damaged file counts as one that has a template: the error then names it.
+    return path.exists() and b'"chat_template"' in path.read_bytes()
+
+
+def _check_memory(parts: dict[str, int], quant: str | None) -> None:
+    have, need = available_bytes(), sum(parts.values())
     if need > have:
         largest = max(parts, key=lambda k: parts[k])
-        advice = "load with quant='int4'" if largest == "weights" and quant != "int4" else "lower context="
-        listing = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in parts.items())
+        advice = "load with quant='int4'" if largest == "weights" and quant != "int4" else "lower context= or chunk="
+        listing = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in parts.items() if v)
         raise MemoryPlanError(
-            f"this model needs {need / 1e9:.2f} GB ({listing}) and the machine has {have / 1e9:.2f} GB; {advice}"
+            f"this model needs {need / 1e9:.2f} GB ({listing}) and {have / 1e9:.2f} GB are free here; {advice}"
+        )
+
+
+def _check_widths(c: NemotronConfig) -> None:
+    """What the kernels' fixed scratch can hold."""
+    inner = [c.moe_intermediate_size, c.shared_width] if "E" in c.pattern else []
+    widths = [c.hidden_size, c.mamba_inner, c.num_attention_heads * c.head_dim, c.intermediate_size, *inner]
+    if max(widths) > gemm_op.MAX_K:
+        raise ConfigError(f"a layer is {max(widths)} wide; the kernels take at most {gemm_op.MAX_K}")
+    if "*" in c.pattern and c.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(f"head_dim {c.head_dim} exceeds {MAX_HEAD_DIM}")
+    if (
+        "E" in c.pattern
+        and 4 * (c.num_experts_per_tok * (c.moe_intermediate_size + 16) + c.shared_width) > MAX_ROUTED_BYTES
+    ):
+        raise ConfigError(
+            f"{c.num_experts_per_tok} experts of width {c.moe_intermediate_size} per token exceed the kernels' scratch "
+            f"of {MAX_ROUTED_BYTES} bytes"
         )
 
 

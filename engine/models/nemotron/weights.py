@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from engine.errors import CheckpointError, InputError
+from engine.errors import CheckpointError, DispatchError, InputError
 from engine.io.checkpoint import MappedSource, Source, Stack, bf16_to_f32, check_finite, expect, f32_to_bf16
 from engine.io.mapped import Rule
 from engine.models.nemotron.config import NemotronConfig
+from engine.ops.dispatch import is_strict
 from engine.ops.gemm import PackedMatrix, group_for
 from engine.runtime.arena import Arena, Tensor
 
@@ -165,11 +166,35 @@ class Recipe:
             group = group_for(k)
             if group is None:
                 chosen, why = "bf16", f"K = {k} is not a multiple of 32"
+                if is_strict():
+                    raise DispatchError(
+                        f"{role} weights of width {k} cannot be quantised in groups of 32; load with strict=False"
+                    )
             else:
                 why += f", group {group}"
         name = role if role != "mamba" or layer not in self._before_attention else "mamba before attention"
         self.notes[f"{name} (K={k})"] = f"{chosen} ({why})"
         return chosen
+
+
+def weight_bytes(c: NemotronConfig, recipe: Recipe) -> int:
+    """Bytes of the packed weights, panel padding left out."""
+    bits = {"f32": 32.0, "bf16": 16.0, "i8": 8.25, "i4": 4.25}
+    roles = {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}
+    total = 0.0
+    if c.tie_word_embeddings:  # the table is packed once more as the head
+        total += c.vocab_size * c.hidden_size * bits[recipe.format("lm_head", c.hidden_size)] / 8
+    for name, shape in tensor_shapes(c).items():
+        size = float(np.prod(shape))
+        if name == "embeddings.weight":
+            total += size * (4 if recipe.dtype == "f32" and recipe.quant is None else 2)
+        elif len(shape) != 2 or ".gate." in name:
+            total += size * 4
+        else:
+            layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+            role = "lm_head" if layer < 0 else roles[c.pattern[layer]]
+            total += size * bits[recipe.format(role, shape[1], layer)] / 8
+    return int(total)
 
 
 class Loader:
@@ -187,7 +212,11 @@ class Loader:
         raw = self.source.read(name)
         value = bf16_to_f32(raw) if info.dtype == "BF16" else np.asarray(raw, np.float32)
         check_finite(name, value)
-        value = (fn(value) if fn else value).reshape(shape or value.shape)
+        if fn is not None:
+            with np.errstate(over="ignore"):
+                value = fn(value)
+            check_finite(name, value)
+        value = value.reshape(shape or value.shape)
         out = self.arena.alloc(name, value.shape, "f32", "weights")
         out.numpy()[...] = value
         return out
@@ -218,7 +247,9 @@ class Loader:
                 raise CheckpointError(f"tensor {n!r} is {info.dtype}; this loader reads F32, BF16 and F16 weights")
             bad = out.fill(self.source.read(n), *((row, 0) if count == 1 else (0, e)))
             if bad:
-                raise CheckpointError(f"tensor {n!r} holds NaN or infinite values; download the checkpoint again")
+                raise CheckpointError(
+                    f"tensor {n!r} holds NaN, infinity, or values too large for this format; check the checkpoint"
+                )
             row += info.shape[0]
             self.source.release(n)
         return out
