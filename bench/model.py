@@ -7,6 +7,8 @@ import numpy as np
 from bench import quality
 from bench.report import Report
 
+# mean KL from fp32 at most, same top-1 at least, exact answers at least
+GATES = {"fp32": (0.0, 1.0, 0.95), "bf16": (1e-3, 0.99, 0.95), "int8": (2e-3, 0.98, 0.95), "int4": (1e-2, 0.96, 0.95)}
 FORMATS = {"fp32": ("fp32", None), "bf16": ("bf16", None), "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}
 
 
@@ -21,6 +23,11 @@ def main(problems: int = 100) -> None:
             on = quality.accuracy(held, quality.answers(model, held, thinking=True))["all"]
             off = quality.accuracy(held, quality.answers(model, held, thinking=False))["all"]
             kl, same = quality.divergence(base, model, pairs)
+            limit = GATES[name]
+            if kl > limit[0] or same < limit[1] or on < limit[2]:
+                print(f"{name:<5} RED: KL {kl:.1e}, same top-1 {same:.2%}, exact {on:.1%}; no speed")
+                report.add(format=name, gate="RED", mean_kl=kl, same_top=same, exact_thinking=on)
+                continue
             steps: list[float] = []
             for p in held[:20]:
                 steps += model.chat(p.messages, tools=p.tools, max_new_tokens=quality.ANSWER_TOKENS).timing.steps

@@ -17,12 +17,18 @@ class Bandwidth:
     """Reads 1 GiB of memory backed like the weights (huge pages where granted) with all threads."""
 
     def __init__(self) -> None:
-        self._memory = _C.Memory(PROBE_BYTES)
-        np.frombuffer(self._memory, np.uint8)[:] = 1  # type: ignore[call-overload]
+        self._memory: _C.Memory | None = None
         self.gb_per_s: list[float] = []
+
+    def release(self) -> None:
+        """Gives the memory back until the next measurement."""
+        self._memory = None
 
     def measure(self, repeats: int = 5) -> float:
         """Best of a few passes, in GB/s: a roof is what the machine can do, not what it did while disturbed."""
+        if self._memory is None:
+            self._memory = _C.Memory(PROBE_BYTES)
+            np.frombuffer(self._memory, np.uint8)[:] = 1  # type: ignore[call-overload]
         best = 0.0
         sink = np.zeros(64, np.float32)
         call = {"kind": 3, "sink": sink.ctypes.data, "data": self._memory.address, "bytes": PROBE_BYTES}

@@ -1,13 +1,14 @@
-"""./run bench [ops|gemm|slice|full|model|plan|readme] ...: see --help."""
+"""./run bench [ops|gemm|slice|full|model|plan|readme] ...: see --help. Without a verb: ops."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="./run bench", description=__doc__)
-    verbs = parser.add_subparsers(dest="suite", required=True)
+    verbs = parser.add_subparsers(dest="suite")
     ops = verbs.add_parser("ops", help="every op at real widths against torch eager and torch.compile")
     ops.add_argument("names", nargs="*")
     ops.add_argument("--no-compile", action="store_true")
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     model.add_argument("--problems", type=int, default=100)
     verbs.add_parser("plan", help="overhead of a replay per node")
     verbs.add_parser("readme", help="write the generated tables of README.md")
-    a = parser.parse_args(argv)
+    a = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["ops"])
     if a.suite == "ops":
         from bench.ops import main as run
 

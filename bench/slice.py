@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dataclasses.replace(
     PUBLISHED, vocab_size=1024, pattern="MEM*E", n_routed_experts=16, max_position_embeddings=4096
 )
+GATE = 2e-5
 PROMPT = np.random.default_rng(1).integers(0, 1024, 512).tolist()
 
 
@@ -75,7 +76,7 @@ class Ours:
     """The engine on the same checkpoint."""
 
     def __init__(self, folder: Path, dtype: str, quant: str | None) -> None:
-        self.model = Nemotron.load(folder, dtype=dtype, quant=quant, context=2048, snapshots=0)
+        self.model = Nemotron.load(folder, dtype=dtype, quant=quant, context=2048, snapshots=0, progress=False)
         self.bytes = sum(n.nbytes for n in self.model.plans["decode"].nodes)
 
     def prefill(self, n: int) -> float:
@@ -111,8 +112,16 @@ def main(rounds: int = 9, steps: int = 8) -> None:
         }
         peer = Peer(folder, "float32")
         peer.ask(do="logits", n=64)
-        want = _log_softmax(_load(peer.out))
+        logits = _load(peer.out)
+        want = _log_softmax(logits)
         quality = {}
+        with Nemotron.load(folder, dtype="fp32", context=64, snapshots=0, progress=False) as exact:
+            got = exact.logits(PROMPT[:64]).astype(np.float64)
+        error = float(np.abs(got - logits).max() / np.abs(logits).max())
+        report.data["fp32_error_vs_transformers"] = error
+        print(f"gate: fp32 logits within {error:.1e} of transformers' (of the largest), limit {GATE:.0e}")
+        if error > GATE:
+            raise SystemExit("RED: no speed")
         for key, side in ours.items():
             got = _log_softmax(side.model.logits(PROMPT[:64]).astype(np.float64))
             kl = (np.exp(want) * (want - got)).sum(1).mean()
