@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-_NOT_ROOMS = {"dispatch", "registry"}
+_NOT_ROOMS = {"checks", "dispatch", "registry"}
 
 
 def load_all() -> None:

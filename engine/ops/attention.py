@@ -9,10 +9,13 @@ import numpy as np
 
 from engine import _C
 from engine.errors import InputError
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
 from engine.ops.gemm import FORMATS
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
+
+MAX_D = 1024  # a task keeps its rows of q and out in per-thread scratch
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class KVCache:
             format,
         )
 
+    def fits(self, check: Check) -> None:
+        """InputError unless the buffers hold what the fields say."""
+        check.one_of("the format of cache", self.format, ("f32", "bf16"))
+        if min(self.kv_heads, self.d, self.ctx) < 1 or self.ctx % 16:
+            check.fail(f"cache has {self.kv_heads} heads of {self.d} and ctx {self.ctx}; ctx must be a multiple of 16")
+        k, v = KVCache.nbytes(self.kv_heads, self.d, self.ctx, self.format)
+        check.takes("cache.k", self.k, (k,), "u8")
+        check.takes("cache.v", self.v, (v,), "u8")
+
 
 def workspace_bytes(m: int, heads: int, d: int, ctx: int) -> int:
     return _C.attention_workspace(m, heads, d, ctx)
@@ -70,11 +82,20 @@ def attention(
     All f32. scale defaults to 1/sqrt(d). rows (i32 [1]) replaces T. ws: workspace_bytes(). pos + T beyond ctx writes
     nothing: the caller bounds the context.
     """
-    t, d = q.shape[0], cache.d
-    if q.shape != (t, heads * d) or k.shape != (t, cache.kv_heads * d) or k.shape != v.shape or out.shape != q.shape:
-        raise InputError(f"attention {label!r}: q {q.shape}, k {k.shape}, v {v.shape}, out {out.shape} do not fit")
-    if heads % cache.kv_heads:
-        raise InputError(f"attention {label!r}: {heads} heads are not a multiple of {cache.kv_heads} kv heads")
+    check, d = Check("attention", label), cache.d
+    cache.fits(check)
+    check.need(d <= MAX_D, f"heads are {d} wide; the limit is {MAX_D}")
+    if heads < 1 or heads % cache.kv_heads:
+        check.fail(f"{heads} heads are not a multiple of {cache.kv_heads} kv heads")
+    check.takes("q", q, (None, heads * d), strided=True)
+    t = q.shape[0]
+    check.takes("k", k, (t, cache.kv_heads * d), strided=True)
+    check.takes("v", v, (t, cache.kv_heads * d), strided=True)
+    check.need(k.ld == v.ld, f"rows of k lie {k.ld} apart and rows of v {v.ld}; they must be the same")
+    check.takes("pos", pos, (1,), "i32")
+    check.takes("out", out, (t, heads * d), strided=True)
+    check.may_take("rows", rows, (1,), "i32")
+    check.room(ws, workspace_bytes(t, heads, d, cache.ctx))
     call("attention", label, nbytes=0, q=q, k=k, v=v, ldq=q.ld, ldkv=k.ld,
          k_cache=cache.k, v_cache=cache.v, format=FORMATS[cache.format], ctx=cache.ctx,
          pos=pos, out=out, ldo=out.ld, ws=ws, rows=rows, m=t,
@@ -116,7 +137,7 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
 
 def _call(c: Case, a: Arrays, out: np.ndarray):
-    arena = Arena()
+    arena = GuardedArena()
     ctx = (c.past + c.t + 15) // 16 * 16
     cache = KVCache.empty(arena, "kv", c.kv, c.d, ctx, c.dtype)
     for part in (cache.k, cache.v):  # what was never appended must not be read
@@ -140,7 +161,7 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = np.full((c.t, c.h * c.d), np.nan, np.float32)
+    out = guarded(c.t, c.h * c.d)
     _call(c, a, out)()
     return {"out": out}
 

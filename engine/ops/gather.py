@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
 from engine.ops.gemm import SRC
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, Op, cases, guarded, register
 from engine.runtime.arena import Tensor, as_tensor
 
 
 def gather(table: Tensor, ids: Tensor, out: Tensor, *, rows: Tensor | None = None, label: str = "") -> None:
     """out[t,:] = table[ids[t],:]; table [V,D] f32 or bf16, ids i32 [T], out f32. Ids outside [0,V) give zeros."""
-    if table.shape[1] != out.shape[1] or ids.shape[0] < out.shape[0]:
-        raise InputError(f"gather {label!r}: table {table.shape}, ids {ids.shape}, out {out.shape} do not fit")
+    check = Check("gather", label)
+    check.takes("table", table, (None, None), "f32|bf16")
+    check.takes("out", out, (None, table.shape[1]), strided=True)
+    check.takes("ids", ids, (out.shape[0],), "i32", longer=True)
+    check.may_take("rows", rows, (1,), "i32")
     call("gather", label, nbytes=out.nbytes, table=table, table_dtype=SRC[table.dtype], vocab=table.shape[0],
          d=table.shape[1], ids=ids, out=out, ldo=out.ld, rows=rows,
          m=out.shape[0])  # fmt: skip
@@ -41,7 +44,7 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = np.full((c.t, c.d), np.nan, np.float32)
+    out = guarded(c.t, c.d)
     gather(as_tensor(a["table"]), as_tensor(a["ids"]), as_tensor(out))
     return {"out": out}
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from engine import _C
 from engine.errors import InputError
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
 
 FORMATS = {"f32": 0, "bf16": 1, "i8": 2, "i4": 3}
@@ -83,6 +84,13 @@ class PackedMatrix:
              format=FORMATS[self.format], group=self.group, bad=bad.ctypes.data)  # fmt: skip
         return bool(bad[0])
 
+    def fits(self, check: Check, name: str, n: int, k: int, count: int = 1) -> None:
+        """InputError unless this is `count` matrices [n, k]."""
+        got, want = [self.count, self.n, self.k], [count, n, k]
+        check.need(got == want, f"{name} is {got}; it must be {want} (count, N, K)")
+        check.one_of(f"the format of {name}", self.format, FORMATS)
+        check.takes(name, self.data, (self.matrix_bytes * count,), "u8")
+
     def unpack(self, index: int = 0) -> np.ndarray:
         """The weights that the kernels multiply with, f32 [n, k]."""
         panels = math.ceil(self.n / 16)
@@ -114,8 +122,12 @@ class PackedMatrix:
 
 
 def workspace_bytes(m: int, k: int) -> int:
-    """Bytes of ws for any format and ISA: packed activations of m rows."""
-    return m * (4 * k + 8 * (k // 32 + 1) + 64) + 64
+    """Bytes of ws for any format and ISA: packed activations of m rows.
+
+    All tiles are spaced like the largest one, and tiles of up to 14 rows differ in size by one: the last one ends at
+    most 12 rows later than m rows would (m = 183 on AVX-512: one tile of 14 rows, then 13 of 13, 14 apart).
+    """
+    return (m + 12) * (4 * k + 8 * (k // 32 + 1) + 64) + 64
 
 
 def gemm(
@@ -141,15 +153,24 @@ def gemm(
     with `norm` and `gate` [M,K]: v = x * silu(gate), then RMS norm over groups of `norm_group` channels.
     rows (i32 [1]), read at run time, replaces M. ws: workspace_bytes(M, K).
     """
-    m, k = x.shape
-    if k != w.k or out.shape != (m, w.n):
-        raise InputError(f"gemm {label!r}: x {x.shape}, w [{w.n}, {w.k}], out {out.shape} do not fit")
-    if residual is not None and residual.shape != out.shape:
-        raise InputError(f"gemm {label!r}: residual {residual.shape}, out {out.shape} differ")
+    check, k = Check("gemm", label), w.k
+    check.takes("x", x, (None, k), strided=True)
+    m = x.shape[0]
+    w.fits(check, "w", w.n, k, w.count)
+    check.takes("out", out, (m, w.n), "f32|bf16", strided=True)
+    check.may_take("residual", residual, (m, w.n), strided=True)
+    check.may_take("bias", bias, (w.n,))
+    check.may_take("norm", norm, (k,))
+    check.may_take("gate", gate, (m, k), strided=True)
+    check.may_take("rows", rows, (1,), "i32")
+    check.apart("out", out, x=x, gate=gate)
+    check.one_of("act", act, ACTS)
     if gate is not None and (norm is None or norm_group < 1 or k % norm_group):
-        raise InputError(f"gemm {label!r}: a gated prologue needs norm and a norm_group that divides {k}")
-    if ws is None and m * k * 8 > 65536:
-        raise InputError(f"gemm {label!r}: M*K = {m * k} needs ws of workspace_bytes(M, K)")
+        check.fail(f"a gated prologue needs norm and a norm_group that divides {k}, not {norm_group}")
+    if ws is not None:
+        check.room(ws, workspace_bytes(m, k))
+    elif m * k * 8 > 65536:
+        check.fail(f"M*K = {m * k} needs ws of workspace_bytes(M, K)")
     prologue = 0 if norm is None else 1 if gate is None else 2
     call("gemm", label, nbytes=w.matrix_bytes, x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
          residual=residual, ldr=residual.ld if residual else 0,
@@ -225,8 +246,9 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 def _call(c: Case, a: Arrays, out: np.ndarray):
     """Packs once; returns the call that writes `out`."""
     t = {k: as_tensor(v) for k, v in a.items()}
-    w = PackedMatrix.pack("w", a["w"], c.dtype)
-    ws = Arena().alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
+    arena = GuardedArena()
+    w = PackedMatrix.pack("w", a["w"], c.dtype, arena)
+    ws = arena.alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
     dst = as_tensor(out)
     extra = {"bias": t["bias"], "residual": t["residual"], "act": c.act, "scale": 0.5} if "bias" in t else {}
     return lambda: gemm(
@@ -235,7 +257,7 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = np.full((c.m, c.n), np.nan, np.float32)
+    out = guarded(c.m, c.n)
     _call(c, a, out)()
     return {"out": out}
 

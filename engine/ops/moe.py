@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine import _C
-from engine.errors import InputError
+from engine.ops.checks import Check, Shape
 from engine.ops.dispatch import call
 from engine.ops.gemm import ACTS, FORMATS, PackedMatrix, activate, group_for, quantised_activations, rms_norm
 from engine.ops.gemm import workspace_bytes as gemm_workspace
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
+
+SCRATCH_BYTES = 3 << 20  # of each thread's scratch, for packed rows (moe_down, T = 1)
+MAX_EXPERTS = 65536  # scores of one token lie in per-thread scratch
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,26 @@ class Routing:
             top_k,
         )
 
+    def fits(self, check: Check, m: int) -> None:
+        """InputError unless the buffers hold m tokens."""
+        if not 1 <= self.top_k <= self.experts <= MAX_EXPERTS:
+            check.fail(f"top_k {self.top_k} of {self.experts} experts; need 1 <= top_k <= experts <= {MAX_EXPERTS}")
+        check.takes("ids", self.ids, (m, self.top_k), "i32")
+        check.takes("weights", self.weights, (m, self.top_k))
+        check.takes("offsets", self.offsets, (self.experts + 1,), "i32")
+        check.takes("order", self.order, (m * self.top_k,), "i32", longer=True)
+        check.takes("logits", self.logits, (m, self.experts))
+
+
+def _shared_fits(check: Check, name: str, w: PackedMatrix | None, hs: Tensor | None, n: int, k: int) -> None:
+    check.need((w is None) == (hs is None), f"{name} and hs belong together; pass both or neither")
+    if w is not None:
+        w.fits(check, name, n, k)
+
+
+def _bias_shapes(experts: int, n: int) -> list[Shape]:
+    return [(experts, n), (experts * n,)]
+
 
 def moe_route(
     x: Tensor,
@@ -61,12 +84,17 @@ def moe_route(
 
     x [T,D] f32 (raw residual stream; `norm` [D] is applied here), gate f32 [E,D], bias [E].
     """
-    if gate.format != "f32" or (gate.n, gate.k) != (to.experts, x.shape[1]):
-        raise InputError(f"moe_route {label!r}: gate must be f32 [{to.experts}, {x.shape[1]}]")
-    if not 1 <= to.top_k <= to.experts or to.experts % n_group or not 1 <= topk_group <= n_group:
-        raise InputError(
-            f"moe_route {label!r}: top_k {to.top_k}, groups {n_group}/{topk_group} do not fit {to.experts} experts"
-        )
+    check = Check("moe_route", label)
+    check.takes("x", x, (None, gate.k), strided=True)
+    check.takes("norm", norm, (gate.k,))
+    to.fits(check, x.shape[0])
+    gate.fits(check, "gate", to.experts, gate.k)
+    check.one_of("the format of gate", gate.format, ("f32",))
+    check.may_take("bias", bias, (to.experts,))
+    if not 1 <= topk_group <= n_group or to.experts % n_group:
+        check.fail(f"groups {topk_group}/{n_group} do not fit {to.experts} experts; n_group must divide them")
+    check.may_take("rows", rows, (1,), "i32")
+    check.room(ws, gemm_workspace(x.shape[0], gate.k))
     call("moe_route", label, nbytes=gate.matrix_bytes, x=x, ldx=x.ld, norm=norm, eps=eps,
          gate=gate.data, bias=bias, logits=to.logits, ids=to.ids,
          weights=to.weights, offsets=to.offsets, order=to.order, ws=ws,
@@ -91,8 +119,26 @@ def moe_up(
     ws: Tensor,
     label: str = "",
 ) -> None:
-    """h [T*top_k, I] = act(rms_norm(x) @ up_e.T) for the routed pairs; hs [T,S] the same for the shared expert."""
-    s = shared or up
+    """h [T*top_k, I] = act(rms_norm(x) @ up_e.T) for the routed pairs; hs [T,S] the same for the shared expert.
+
+    up_bias [E,I] or flat, shared_bias [S]. ws: moe_workspace().
+    """
+    check, s, d = Check("moe_up", label), shared or up, up.k
+    check.takes("x", x, (None, d), strided=True)
+    m = x.shape[0]
+    check.takes("norm", norm, (d,))
+    routing.fits(check, m)
+    up.fits(check, "up", up.n, d, routing.experts)
+    check.takes("h", h, (m * routing.top_k, up.n))
+    _shared_fits(check, "shared", shared, hs, s.n, d)
+    check.may_take("hs", hs, (m, s.n))
+    check.may_take("up_bias", up_bias, _bias_shapes(up.count, up.n))
+    check.may_take("shared_bias", shared_bias, (s.n,))
+    check.apart("h", h, x=x)
+    check.one_of("act", act, ACTS)
+    check.may_take("rows", rows, (1,), "i32")
+    formats = FORMATS[up.format], up.group, FORMATS[s.format], s.group
+    check.room(ws, _C.moe_up_workspace(m, routing.top_k, d, *formats))
     call("moe_up", label, nbytes=up.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
          x=x, ldx=x.ld, norm=norm, eps=eps, up=up.data,
          shared_up=shared.data if shared else None, up_bias=up_bias,
@@ -118,8 +164,30 @@ def moe_down(
     ws: Tensor,
     label: str = "",
 ) -> None:
-    """out [T,D] = residual + sum over the pairs of weight * (h @ down_e.T) + hs @ shared_down.T."""
-    s = shared or down
+    """out [T,D] = residual + sum over the pairs of weight * (h @ down_e.T) + hs @ shared_down.T.
+
+    down_bias [E,D] or flat, shared_bias [D]. ws: moe_workspace().
+    """
+    check, s, d, top_k = Check("moe_down", label), shared or down, down.n, routing.top_k
+    check.takes("out", out, (None, d), strided=True)
+    m = out.shape[0]
+    check.may_take("residual", residual, (m, d), strided=True)
+    routing.fits(check, m)
+    down.fits(check, "down", d, down.k, routing.experts)
+    check.takes("h", h, (m * top_k, down.k))
+    _shared_fits(check, "shared", shared, hs, d, s.k)
+    check.may_take("hs", hs, (m, s.k))
+    check.may_take("down_bias", down_bias, _bias_shapes(down.count, d))
+    check.may_take("shared_bias", shared_bias, (d,))
+    check.apart("out", out, h=h, hs=hs)
+    check.may_take("rows", rows, (1,), "i32")
+    sizes = top_k, down.k, shared.k if shared else 0, FORMATS[down.format], down.group, FORMATS[s.format], s.group
+    check.room(ws, _C.moe_down_workspace(m, *sizes))
+    if m == 1 and _C.moe_down_workspace(1, *sizes) > SCRATCH_BYTES:
+        check.fail(
+            f"top_k {top_k} rows of inner {down.k} take {_C.moe_down_workspace(1, *sizes)} bytes of scratch; "
+            f"the limit for one token is {SCRATCH_BYTES}, use a smaller top_k or inner, or format i8"
+        )
     call("moe_down", label, nbytes=down.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
          h=h, hs=hs, residual=residual,
          ldr=residual.ld if residual else 0, down=down.data, shared_down=shared.data if shared else None,
@@ -209,13 +277,13 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
 
 def _call(c: Case, a: Arrays, out: np.ndarray):
-    arena = Arena()
+    arena = GuardedArena()
     t = {k: as_tensor(v) for k, v in a.items() if v.ndim < 3}
     gate = PackedMatrix.pack("gate", a["gate"], "f32")
     up, down = _matrix(c, a["up"]), _matrix(c, a["down"])
     sup, sdown = (_matrix(c, a["shared_up"]), _matrix(c, a["shared_down"])) if c.s else (None, None)
     routing = Routing.empty(arena, "route", c.t, c.e, c.k)
-    h, hs = arena.alloc("h", (c.t * c.k, c.i)), arena.alloc("hs", (c.t, max(c.s, 1)))
+    h, hs = arena.alloc("h", (c.t * c.k, c.i)), arena.alloc("hs", (c.t, c.s)) if c.s else None
     ws = arena.alloc("ws", (moe_workspace(c.t, c.d, up, c.k, sup),), "u8")
     dst = as_tensor(out)
 
@@ -230,7 +298,7 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = np.full((c.t, c.d), np.nan, np.float32)
+    out = guarded(c.t, c.d)
     run, routing = _call(c, a, out)
     run()
     return {"out": out, "ids": np.sort(routing.ids.numpy()), "weights": np.sort(routing.weights.numpy())}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from engine.runtime.arena import DTYPES, Arena, Tensor, as_tensor
 
 Arrays = dict[str, np.ndarray]
 
@@ -84,6 +88,59 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
         return float("inf")
     scale = float(np.sqrt(np.mean(want**2))) if want.size else 0.0
     return float(np.sqrt(np.mean((got - want) ** 2))) / (scale or 1.0) if want.size else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ sentinels
+GUARD = 65536  # bytes before and after a guarded buffer
+POISON = np.frombuffer(b"\xff\x7f", np.uint16)[0]  # NaN as f32, bf16 and f16; no valid id, no likely result
+_watched: list[tuple[str, Tensor]] | None = None
+
+
+class GuardedArena(Arena):
+    """An arena for cases: guard bytes around every buffer, workspaces poisoned (other parts start as zeros)."""
+
+    def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
+        nbytes = math.prod(shape) * DTYPES[dtype][0]
+        whole = super().alloc(name, (GUARD + nbytes + nbytes % 2 + GUARD,), "u8", part)
+        words = whole.numpy().view(np.uint16)
+        words[: GUARD // 2] = words[-(GUARD // 2) :] = POISON
+        inside = whole.slice(GUARD, (nbytes + nbytes % 2,))
+        if part == "workspace":
+            inside.numpy().view(np.uint16)[:] = POISON
+        if _watched is not None:
+            _watched.append((name, whole))
+        return Tensor(inside.address, tuple(shape), dtype, whole.owner)
+
+
+def guarded(*shape: int, dtype: str = "f32") -> np.ndarray:
+    """A poisoned array between guard bytes, for a kernel to write."""
+    return GuardedArena().alloc("out", shape, dtype).numpy()
+
+
+def surrounded(arrays: Arrays) -> Arrays:
+    """Copies between guard bytes: what is read beyond an end is NaN."""
+    out = {name: guarded(*array.shape, dtype=as_tensor(array).dtype) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        out[name][...] = array
+    return out
+
+
+@contextmanager
+def watch() -> Iterator[Callable[[], list[str]]]:
+    """Yields a function that names the buffers, guarded since, whose guard bytes have changed."""
+    global _watched
+    buffers: list[tuple[str, Tensor]] = []
+    before, _watched = _watched, buffers
+
+    def broken() -> list[str]:
+        guards = ((name, whole.numpy().view(np.uint16)) for name, whole in buffers)
+        n = GUARD // 2
+        return [name for name, w in guards if not ((w[:n] == POISON).all() and (w[-n:] == POISON).all())]
+
+    try:
+        yield broken
+    finally:
+        _watched = before
 
 
 ROOM = {

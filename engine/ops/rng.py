@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, Op, cases, guarded, register
 from engine.runtime.arena import Tensor, as_tensor
 
 KINDS = {"bits": 0, "uniform": 1, "normal": 2}
@@ -14,8 +14,11 @@ KINDS = {"bits": 0, "uniform": 1, "normal": 2}
 
 def rng(out: Tensor, seed: Tensor, offset: Tensor, *, stream: int = 0, kind: str = "normal", label: str = "") -> None:
     """Fills out: u32 bits (as i32), uniform f32 in [0,1) or standard normal f32. seed, offset: u64 [1] in memory."""
-    if kind not in KINDS:
-        raise InputError(f"rng kind {kind!r} is not one of {', '.join(KINDS)}")
+    check = Check("rng", label)
+    check.one_of("kind", kind, KINDS)
+    check.takes("out", out, tuple(out.shape), "i32" if kind == "bits" else "f32")
+    check.takes("seed", seed, (1,), "u64")
+    check.takes("offset", offset, (1,), "u64")
     call("rng", label, nbytes=out.nbytes, out=out, n=int(np.prod(out.shape)), seed=seed,
          offset=offset, stream=stream, kind=KINDS[kind])  # fmt: skip
 
@@ -68,7 +71,7 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = np.zeros(c.n, np.int32 if c.draw == "bits" else np.float32)
+    out = guarded(c.n, dtype="i32" if c.draw == "bits" else "f32")
     rng(as_tensor(out), as_tensor(a["seed"]), as_tensor(a["offset"]), stream=3, kind=c.draw)
     return {"out": out.view(np.uint32) if c.draw == "bits" else out}
 

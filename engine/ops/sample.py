@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine import _C
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, register
 from engine.ops.rng import philox_torch
 from engine.runtime.arena import Arena, Tensor, as_tensor
 
@@ -46,11 +47,27 @@ class SamplerState:
             io("ws", _C.sample_workspace(vocab), "u8"),
         )
 
+    def fits(self, check: Check, vocab: int) -> None:
+        """InputError unless the buffers serve a vocabulary of this size."""
+        sizes = {"control": 4, "limits": 1, "seed": 1, "seen": vocab, "token": 1, "pos": 1, "step": 1, "work": vocab}
+        dtypes = {"control": "f32", "seed": "u64", "seen": "u8", "work": "f32"}
+        for name, n in sizes.items():
+            check.takes(f"state.{name}", getattr(self, name), (n,), dtypes.get(name, "i32"))
+        check.takes("state.history", self.history, (None,), "i32")
+        check.room(self.ws, _C.sample_workspace(vocab))
+
 
 def sample(logits: Tensor, state: SamplerState, *, label: str = "sample") -> None:
-    """Draws one token from logits [V] f32 into state.token; records it in history and seen, advances pos and step."""
-    s = state
-    call("sample", label, nbytes=logits.nbytes, logits=logits, vocab=logits.shape[-1],
+    """Draws one token from logits [V] f32 (or [1, V]) into state.token.
+
+    Records it in history and seen, advances pos and step.
+    """
+    check, s = Check("sample", label), state
+    check.takes("logits", logits, [(None,), (1, None)])
+    vocab = logits.shape[-1]
+    check.need(vocab >= 1, "logits are empty; they must have one value per token")
+    s.fits(check, vocab)
+    call("sample", label, nbytes=logits.nbytes, logits=logits, vocab=vocab,
          control=s.control, limits=s.limits, seed=s.seed, seen=s.seen,
          work=s.work, ws=s.ws, token=s.token, history=s.history,
          capacity=s.history.shape[0], pos=s.pos, step=s.step)  # fmt: skip
@@ -109,7 +126,7 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
 
 def _call(c: Case, a: Arrays):
-    state = SamplerState.empty(Arena(), c.v, c.draws)
+    state = SamplerState.empty(GuardedArena(), c.v, c.draws)
     state.control.numpy()[:] = [c.temp, c.p, c.minp, c.pen]
     state.limits.numpy()[0] = c.k
     state.seed.numpy()[:] = a["seed"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.ops.checks import Check
 from engine.ops.dispatch import call
-from engine.ops.registry import Arrays, Case, Op, cases, register
+from engine.ops.registry import Arrays, Case, Op, cases, guarded, register, surrounded
 from engine.runtime.arena import Tensor, as_tensor
 
 
@@ -55,11 +55,21 @@ def ssm(
     xbc [T, channels], dt [T,H], out [T, H*P] f32; conv_w [K, channels]; conv_state [K-1, channels]: last raw inputs;
     a = -exp(A_log), d_skip, dt_bias [H]; state [H,N,Pp]; u [T, channels] workspace. rows (i32 [1]) replaces T.
     """
+    check, channels = Check("ssm", label), shape.channels
+    if min(shape.heads, shape.head_dim, shape.groups, shape.n_state, shape.taps) < 1 or shape.heads % shape.groups:
+        check.fail(f"{shape} must have positive sizes and heads that are a multiple of groups")
+    check.takes("out", out, (None, shape.heads * shape.head_dim), strided=True)
     t = out.shape[0]
-    if xbc.shape != (t, shape.channels) or u.shape != xbc.shape or out.shape[1] != shape.heads * shape.head_dim:
-        raise InputError(f"ssm {label!r}: xbc {xbc.shape}, u {u.shape}, out {out.shape} do not fit {shape}")
-    if state.shape != shape.state or conv_state.shape != (shape.taps - 1, shape.channels):
-        raise InputError(f"ssm {label!r}: state {state.shape}, conv_state {conv_state.shape} do not fit {shape}")
+    check.takes("xbc", xbc, (t, channels), strided=True)
+    check.takes("dt", dt, (t, shape.heads), strided=True)
+    check.takes("conv_w", conv_w, (shape.taps, channels))
+    check.may_take("conv_b", conv_b, (channels,))
+    check.takes("conv_state", conv_state, (shape.taps - 1, channels))
+    for name, vector in (("a", a), ("d_skip", d_skip), ("dt_bias", dt_bias)):
+        check.takes(name, vector, (shape.heads,))
+    check.takes("state", state, shape.state)
+    check.takes("u", u, (t, channels))
+    check.may_take("rows", rows, (1,), "i32")
     call("ssm", label, nbytes=2 * state.nbytes, xbc=xbc, ldx=xbc.ld, dt=dt, lddt=dt.ld,
          conv_w=conv_w, conv_b=conv_b, conv_state=conv_state, a=a,
          d_skip=d_skip, dt_bias=dt_bias, state=state, u=u, out=out, ldo=out.ld,
@@ -119,15 +129,15 @@ def _reference(c: Case, arrays: Arrays) -> Arrays:
 def _call(c: Case, arrays: Arrays, out: np.ndarray):
     s = _shape(c)
     t = {k: as_tensor(v) for k, v in arrays.items()}
-    u = as_tensor(np.zeros((c.t, s.channels), np.float32))
+    u = as_tensor(guarded(c.t, s.channels))
     dst = as_tensor(out)
     names = ("conv_w", "conv_b", "conv_state", "a", "d_skip", "dt_bias", "state")
     return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, **{n: t[n] for n in names})  # type: ignore[arg-type]
 
 
 def _run(c: Case, arrays: Arrays) -> Arrays:
-    a = {k: v.copy() for k, v in arrays.items()}
-    out = np.full((c.t, c.h * c.p), np.nan, np.float32)
+    a = surrounded(arrays)
+    out = guarded(c.t, c.h * c.p)
     _call(c, a, out)()
     return {"out": out, "state": a["state"][..., : c.p], "conv_state": a["conv_state"]}
 

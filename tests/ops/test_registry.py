@@ -1,11 +1,14 @@
-"""Every case of every op, on every instruction set of this host, against the fp64 reference."""
+"""Every case of every op, on every instruction set of this host, against the fp64 reference, between sentinels."""
 
 from __future__ import annotations
+
+import ctypes
 
 import numpy as np
 import pytest
 
-from engine.ops.registry import error, ops
+from engine.ops import registry
+from engine.ops.registry import error, guarded, ops, surrounded, watch
 from engine.runtime import device
 
 pytest.importorskip("torch")
@@ -21,10 +24,11 @@ CASES = [
 
 @pytest.mark.parametrize(("op", "case", "isa"), CASES)
 def test_case(op, case, isa):
-    arrays = op.inputs(case, np.random.default_rng(7))
+    arrays = surrounded(op.inputs(case, np.random.default_rng(7)))
     before = {k: v.copy() for k, v in arrays.items()}
-    with device.use_isa(isa):
+    with device.use_isa(isa), watch() as broken:
         got = op.run(case, arrays)
+    assert not broken(), f"written outside {broken()}"
     want = op.reference(case, arrays)
     limit = op.tolerance_of(case)
     for name in want:
@@ -32,3 +36,20 @@ def test_case(op, case, isa):
         assert e <= limit, f"{name}: error {e:.2e}, tolerance {limit:.0e}"
     for name, array in before.items():
         np.testing.assert_array_equal(arrays[name], array, err_msg=f"input {name} was written")
+
+
+def test_guards_see_one_byte():
+    for at in (-1, 12):
+        with watch() as broken:
+            array = guarded(3)
+            assert np.isnan(array).all() and not broken()
+            (ctypes.c_uint8 * 1).from_address(array.ctypes.data + at)[0] = 0
+        assert broken() == ["out"]
+
+
+@pytest.mark.parametrize("op", ops().values(), ids=lambda op: op.name)
+def test_every_run_is_guarded(op):
+    case = op.cases[0]
+    with watch():
+        op.run(case, op.inputs(case, np.random.default_rng(7)))
+        assert registry._watched, "run makes its outputs with guarded() or GuardedArena"

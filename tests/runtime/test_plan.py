@@ -20,12 +20,12 @@ from engine.runtime.plan import capture
 
 def _step(arena: Arena, nodes: int = 4):
     w = PackedMatrix.pack("w", np.eye(32, dtype=np.float32) * 0.5, "f32")
-    x = arena.alloc("x", (1, 32))
+    x, y = arena.alloc("x", (1, 32)), arena.alloc("y", (1, 32))
     x.numpy()[:] = 1
 
-    def step() -> None:
-        for _ in range(nodes):
-            gemm(x, w, x, residual=x)
+    def step() -> None:  # the value grows by half per node, from x to y and back to x
+        for i in range(nodes):
+            gemm(*((x, w, y) if i % 2 == 0 else (y, w, x)), residual=x if i % 2 == 0 else y)
 
     return step, x
 
@@ -202,9 +202,9 @@ def test_threads_can_be_set_in_a_forked_child():
 
 def test_parked_threads_wake_up():
     arena = Arena()
-    step, x = _step(arena, 1)
+    step, x = _step(arena, 2)
     plan = capture(step)
     for pause in (0.0, 0.05, 0.0, 0.05):
         time.sleep(pause)
         plan.replay()
-    assert x.numpy()[0, 0] == pytest.approx(1.5**4)
+    assert x.numpy()[0, 0] == pytest.approx(1.5**8)

@@ -69,7 +69,7 @@ class Buffers:
         if up is not None:
             self.routing = Routing.empty(arena, "routing", m, c.n_routed_experts, c.num_experts_per_tok)
             self.h = ws("h", m * c.num_experts_per_tok, c.moe_intermediate_size)
-            self.hs = ws("hs", m, max(c.shared_width, 1))
+            self.hs = ws("hs", m, c.shared_width) if c.shared_width else None
             sizes.append(moe_op.moe_workspace(m, d, up, c.num_experts_per_tok, shared))
         if "*" in c.pattern:
             sizes.append(attention_op.workspace_bytes(m, c.num_attention_heads, c.head_dim, context))

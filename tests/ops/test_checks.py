@@ -1,0 +1,137 @@
+"""Every Tensor that a public op takes is checked before a kernel sees its address."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from engine import _C
+from engine.errors import InputError
+from engine.ops.attention import KVCache, attention
+from engine.ops.attention import workspace_bytes as attention_workspace
+from engine.ops.gather import gather
+from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
+from engine.ops.moe import Routing, moe_down, moe_route, moe_up
+from engine.ops.rng import rng
+from engine.ops.sample import SamplerState, sample
+from engine.ops.ssm import SsmShape, ssm
+from engine.runtime.arena import Arena, Tensor
+
+T, D, E, K, I, S = 3, 32, 4, 2, 16, 48  # noqa: E741
+
+
+def new(*shape: int, dtype: str = "f32") -> Tensor:
+    return Arena().alloc("x", shape, dtype)
+
+
+def matrix(n: int, k: int, count: int = 1) -> PackedMatrix:
+    return PackedMatrix.pack("w", np.zeros((count, n, k), np.float32), "f32")
+
+
+ROWS = new(1, dtype="i32")
+UP, DOWN, SHARED_UP, SHARED_DOWN = matrix(I, D, E), matrix(D, I, E), matrix(S, D), matrix(D, S)
+ROUTING = Routing.empty(Arena(), "r", T, E, K)
+UP_WS = new(_C.moe_up_workspace(T, K, D, 0, 1, 0, 1), dtype="u8")
+DOWN_WS = new(_C.moe_down_workspace(T, K, I, S, 0, 1, 0, 1), dtype="u8")
+CACHE = KVCache.empty(Arena(), "kv", 2, 8, 16, "f32")
+SSM = SsmShape(4, 8, 2, 5, 3)
+# One valid call of each op, with every optional argument.
+CALLS = {
+    gemm: {"x": new(T, D), "w": matrix(8, D), "out": new(T, 8), "bias": new(8), "residual": new(T, 8), "norm": new(D),
+           "gate": new(T, D), "norm_group": 16, "rows": ROWS, "ws": new(workspace_bytes(T, D), dtype="u8")},
+    gather: {"table": new(9, D), "ids": new(T, dtype="i32"), "out": new(T, D), "rows": ROWS},
+    ssm: {"shape": SSM, "xbc": new(T, SSM.channels), "dt": new(T, 4), "out": new(T, 32), "conv_w": new(3, SSM.channels),
+          "conv_b": new(SSM.channels), "conv_state": new(2, SSM.channels), "a": new(4), "d_skip": new(4),
+          "dt_bias": new(4), "state": new(*SSM.state), "u": new(T, SSM.channels), "rows": ROWS},
+    attention: {"q": new(T, 32), "k": new(T, 16), "v": new(T, 16), "cache": CACHE,
+                "pos": new(1, dtype="i32"), "out": new(T, 32), "heads": 4, "rows": ROWS,
+                "ws": new(attention_workspace(T, 4, 8, 16), dtype="u8")},
+    moe_route: {"x": new(T, D), "norm": new(D), "gate": matrix(E, D), "bias": new(E), "to": ROUTING, "scale": 1.0,
+                "rows": ROWS, "ws": new(workspace_bytes(T, D), dtype="u8")},
+    moe_up: {"x": new(T, D), "norm": new(D), "up": UP, "routing": ROUTING, "h": new(T * K, I), "shared": SHARED_UP,
+             "hs": new(T, S), "up_bias": new(E, I), "shared_bias": new(S), "rows": ROWS, "ws": UP_WS},
+    moe_down: {"h": new(T * K, I), "down": DOWN, "routing": ROUTING, "out": new(T, D), "residual": new(T, D),
+               "shared": SHARED_DOWN, "hs": new(T, S), "down_bias": new(E, D), "shared_bias": new(D), "rows": ROWS,
+               "ws": DOWN_WS},
+    sample: {"logits": new(50), "state": SamplerState.empty(Arena(), 50, 4)},
+    rng: {"out": new(7), "seed": new(1, dtype="u64"), "offset": new(1, dtype="u64")},
+}  # fmt: skip
+
+
+def damaged(t: Tensor) -> list[Tensor]:
+    """The same buffer with one element less in each direction, one axis more, and another dtype."""
+    shapes = [tuple(n - (i == j) for j, n in enumerate(t.shape)) for i in range(len(t.shape))] + [(*t.shape, 1)]
+    return [*(dataclasses.replace(t, shape=s) for s in shapes), dataclasses.replace(t, dtype="f16")]
+
+
+def wrong_calls():
+    for op, arguments in CALLS.items():
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                for i, bad in enumerate(damaged(value)):
+                    yield pytest.param(op, {name: bad}, id=f"{op.__name__}-{name}-{i}")
+            elif dataclasses.is_dataclass(value):
+                for f in dataclasses.fields(value):
+                    if isinstance(part := getattr(value, f.name), Tensor):
+                        for i, bad in enumerate(damaged(part)):
+                            changed = {name: dataclasses.replace(value, **{f.name: bad})}
+                            yield pytest.param(op, changed, id=f"{op.__name__}-{name}.{f.name}-{i}")
+
+
+# Where any length or shape is right.
+FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0"}
+
+
+@pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
+def test_the_valid_call_passes(op):
+    op(**CALLS[op])
+
+
+@pytest.mark.parametrize(("op", "changed"), [p for p in wrong_calls() if p.id not in FREE])
+def test_wrong_tensor_is_refused(op, changed):
+    with pytest.raises(InputError, match=re.escape(op.__name__)):
+        op(**CALLS[op] | changed, label="here")
+
+
+X = CALLS[gemm]["x"]
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "message"),
+    [
+        (gemm, {"out": new(T, 8, dtype="f16")}, r"gemm 'here': out is f16 \[3, 8\]; it must be f32\|bf16 \[3, 8\]"),
+        (gemm, {"out": X, "w": matrix(D, D), "bias": None, "residual": X}, "out starts where x does"),
+        (gemm, {"act": "tanh"}, "act 'tanh' is not one of none, relu2"),
+        (gemm, {"bias": new(1, 16).columns(0, 8)}, "bias is f32"),
+        (gemm, {"norm": None}, "needs norm and a norm_group"),
+        (gemm, {"w": dataclasses.replace(CALLS[gemm]["w"], format="i2")}, "the format of w 'i2' is not one of"),
+        (gather, {"table": new(9, 2 * D).columns(0, D)}, "table is a column range"),
+        (ssm, {"shape": SsmShape(4, 8, 3, 5, 3)}, "multiple of groups"),
+        (ssm, {"shape": SsmShape(4, 8, 2, 5, 0)}, "positive"),
+        (ssm, {"dt_bias": None}, "dt_bias is NoneType"),
+        (attention, {"heads": 3}, "3 heads are not a multiple of 2"),
+        (attention, {"cache": KVCache.empty(Arena(), "kv", 1, 1025, 16, "f32")}, "1025 wide; the limit is 1024"),
+        (attention, {"k": new(T, 64).columns(0, 16)}, "rows of k lie 64 apart"),
+        (moe_up, {"hs": None}, "shared and hs belong together"),
+        (moe_down, {"shared": None}, "shared and hs belong together"),
+        (moe_up, {"act": "tanh"}, "act 'tanh'"),
+        (moe_route, {"n_group": 3}, "n_group must divide"),
+        (rng, {"kind": "bits"}, "out is f32"),
+        (rng, {"kind": "cauchy"}, "kind 'cauchy' is not one of bits"),
+    ],
+)
+def test_the_message_names_it(op, changed, message):
+    with pytest.raises(InputError, match=message):
+        op(**CALLS[op] | changed, label="here")
+
+
+def test_one_token_needs_its_rows_in_scratch():
+    down = PackedMatrix.empty(None, "down", 16, 20000, "f32", 64)
+    routing = Routing.empty(Arena(), "r", 1, 64, 64)
+    with pytest.raises(
+        InputError, match=r"top_k 64 rows of inner 20000 take \d+ bytes of scratch; the limit .* 3145728"
+    ):
+        moe_down(new(64, 20000), down, routing, new(1, 16), ws=new(6 << 20, dtype="u8"), label="here")
