@@ -51,7 +51,13 @@ static void to_units(int32_t format, const float* src, int64_t k, int64_t group,
   } else if (format == kW_BF16) {
     if (kNativeBf16) {
       uint16_t* d = reinterpret_cast<uint16_t*>(out.u);
-      for (int64_t i = 0; i < k; i += 16) storen_bf16(d + i, loadn(src + i, k - i), k - i);
+      int64_t i = 0;
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+      // Flushes subnormals, as the dot product does with its operands.
+      for (; i + 32 <= k; i += 32)
+        _mm512_storeu_si512(d + i, (__m512i)_mm512_cvtne2ps_pbh(load(src + i + 16).v, load(src + i).v));
+#endif
+      for (; i < k; i += 16) storen_bf16(d + i, loadn(src + i, k - i), k - i);
       if (k & 1) d[k] = 0;
     } else {
       float* d = reinterpret_cast<float*>(out.u);
@@ -79,13 +85,59 @@ static void to_units(int32_t format, const float* src, int64_t k, int64_t group,
   }
 }
 
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+// Sixteen units of `mr` rows to d[u * mr + r]. Stores are sixteen lanes wide and ascending, so what one writes too much
+// the next one covers; `edge` (the tile ends here) masks them.
+static void weave16(const uint32_t* src, int64_t stride, int64_t mr, int64_t count, bool edge, uint32_t* d) {
+  __m512i r[16], t[16];
+  const __mmask16 columns = mask_of(count);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    r[i] = i < mr ? _mm512_maskz_loadu_epi32(columns, src + i * stride) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + j]: column 4 L + j of four rows in 128-bit lane L
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_lo = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    const __m512i even_hi = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i odd_lo = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i odd_hi = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even_lo, even_hi, 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(odd_lo, odd_hi, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(even_lo, even_hi, 0xdd);
+    t[12 + j] = _mm512_shuffle_i32x4(odd_lo, odd_hi, 0xdd);
+  }
+  if (edge) {
+    for (int64_t u = 0; u < count; ++u) _mm512_mask_storeu_epi32(d + u * mr, mask_of(mr), t[u]);
+  } else {
+#pragma GCC unroll 16
+    for (int u = 0; u < 16; ++u) _mm512_storeu_si512(d + u * mr, t[u]);
+  }
+}
+#endif
+
 // Weaves `mr` rows of units (row stride `stride` units; scales/corr row stride `gstride`) into one tile.
 static void weave(int32_t format, int64_t k, int64_t group, int64_t mr, const Units rows, int64_t stride,
                   int64_t gstride, uint8_t* tile) {
   const int64_t nu = units_per_row(format, k);
   uint32_t* d = reinterpret_cast<uint32_t*>(tile);
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  // The block before the last may run over into the last; 32 units and more lie behind every other one.
+  for (int64_t u = 0; u < nu; u += 16) weave16(rows.u + u, stride, mr, imin(16, nu - u), u + 32 > nu, d + u * mr);
+#else
   for (int64_t u = 0; u < nu; ++u)
     for (int64_t r = 0; r < mr; ++r) d[u * mr + r] = rows.u[r * stride + u];
+#endif
   if (is_int(format)) {
     const int64_t groups = k / group;
     float* sc = reinterpret_cast<float*>(d + nu * mr);
