@@ -10,7 +10,7 @@ from bench.timing import interleave, ratio
 from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
 from engine.ops.registry import error
 from engine.runtime import device
-from engine.runtime.arena import Arena, as_tensor
+from engine.runtime.arena import Arena
 
 # (N, K) as the specifications give them.
 WIDTHS = {
@@ -42,10 +42,13 @@ def main(formats: tuple[str, ...] = ("f32", "bf16"), rows: tuple[int, ...] = ROW
             packed = PackedMatrix.pack(name, weight, fmt)
             wt = torch.from_numpy(weight).to(dtype).T
             for m in rows:
-                x = rng.standard_normal((m, k), np.float32)
-                out = np.zeros((m, n), np.float32)
-                ws = Arena().alloc("ws", (workspace_bytes(m, k),), "u8")
-                src, dst, xt = as_tensor(x), as_tensor(out), torch.from_numpy(x).to(dtype)
+                # Static buffers of an arena, as in every plan; torch keeps its own allocator.
+                arena = Arena()
+                src, dst = arena.alloc("x", (m, k)), arena.alloc("out", (m, n))
+                ws = arena.alloc("ws", (workspace_bytes(m, k),), "u8")
+                x, out = src.numpy(), dst.numpy()
+                x[...] = rng.standard_normal((m, k), np.float32)
+                xt = torch.from_numpy(x).to(dtype).clone()
                 calls = {"ours": lambda: gemm(src, packed, dst, ws=ws), "torch": lambda: torch.matmul(xt, wt)}  # noqa: B023
                 calls["ours"]()
                 head = slice(0, min(m, 16))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PARK = 0.004  # seconds between turns: the other side's spinning threads go to sleep
+PARK = 0.03  # seconds between turns: OpenMP workers of the other side spin for some milliseconds before they sleep
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ struct Pool::Impl {
   void* arg = nullptr;
   bool quit = false;
   std::vector<std::thread> threads;
+  cpu_set_t allowed;  // where this process may run
   std::vector<char*> scratch;
 };
 
@@ -127,6 +128,8 @@ Pool::~Pool() { stop(); }
 
 void Pool::start(int n) {
   n_ = n < 1 ? 1 : n;
+  caller_cpu_ = -1;
+  if (sched_getaffinity(0, sizeof impl_->allowed, &impl_->allowed) != 0) CPU_ZERO(&impl_->allowed);
   impl_->quit = false;
   for (int i = 0; i < n_; ++i) {
     void* p = mmap(nullptr, kScratchBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -170,11 +173,27 @@ void Pool::worker(int tid, uint32_t seen) {
   }
 }
 
+// Keeps workers off the caller's core. The kernel likes to wake them there, beside the thread that woke them, and moves
+// them only at its next balancing tick: until then two threads share one core and the other one idles.
+void Pool::make_room(int cpu) {
+  cpu_set_t set = impl_->allowed;
+  if (cpu < 0 || !CPU_ISSET(cpu, &set) || CPU_COUNT(&set) < n_) return;
+  CPU_CLR(cpu, &set);
+  for (auto& t : impl_->threads) pthread_setaffinity_np(t.native_handle(), sizeof set, &set);
+}
+
 void Pool::run(Job job, void* arg) {
   std::lock_guard<std::mutex> lock(impl_->busy);
   if (stale_) {
     stale_ = false;
     start(n_);
+  }
+  if (n_ > 1) {
+    const int cpu = sched_getcpu();
+    if (cpu != caller_cpu_) {
+      caller_cpu_ = cpu;
+      make_room(cpu);
+    }
   }
   Impl& im = *impl_;
   im.job = job;

@@ -45,10 +45,12 @@ class Pool {
   void stop();
   void worker(int tid, uint32_t seen);
   void forked();
+  void make_room(int cpu);
   struct Impl;
   Impl* impl_;
   int n_ = 1;
   bool stale_ = false;
+  int caller_cpu_ = -1;
 };
 
 }  // namespace engine

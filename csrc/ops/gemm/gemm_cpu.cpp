@@ -87,24 +87,18 @@ void gemm(const GemmParams& p, Ctx& ctx) {
   const int64_t block = imax(1, imin(tiles.count, kBlockBytes / tile_bytes));
   const int64_t blocks = ceil_div(tiles.count, block);
   const int step = panels_for(p.format, tiles.rows(0));
-  // At least four tasks per thread and row block, for a core that is disturbed; each still streams a long run.
-  const int64_t chunk = pick_chunk(panels, ctx.n, imin(ceil_div(panels, 4 * ctx.n), 64), step);
+  // At least four tasks per thread and row block, for a core that is disturbed.
+  const int64_t most = imin(ceil_div(panels, 4 * ctx.n), tiles.count == 1 ? 64 : hot_panels(panel_bytes));
+  const int64_t chunk = pick_chunk(panels, ctx.n, most, step);
   const int64_t chunks = ceil_div(panels, chunk);
   for (int64_t task; (task = claim(ctx)) < blocks * chunks;) {
     const int64_t t0 = (task / chunks) * block, t1 = imin(t0 + block, tiles.count);
     const int64_t p0 = (task % chunks) * chunk, p1 = imin(p0 + chunk, panels);
-    if (t1 - t0 == 1) {
-      const int64_t m0 = tiles.first(t0), mr = tiles.rows(t0);
-      run_panels(p.format, mr, a + t0 * tile_bytes, p.w, panel_bytes, p0, p1, p.k, p.group,
+    for (int64_t t = t0; t < t1; ++t) {
+      const int64_t m0 = tiles.first(t), mr = tiles.rows(t);
+      run_panels(p.format, mr, a + t * tile_bytes, p.w, panel_bytes, p0, p1, p.k, p.group,
                  [&](int64_t q, int np, const float* c) { emit_block(p, m0, mr, q, np, c); });
-      continue;
     }
-    for (int64_t q = p0; q < p1; q += step)
-      for (int64_t t = t0; t < t1; ++t) {
-        const int64_t m0 = tiles.first(t), mr = tiles.rows(t);
-        run_panels(p.format, mr, a + t * tile_bytes, p.w, panel_bytes, q, imin(q + step, p1), p.k, p.group,
-                   [&](int64_t w, int np, const float* c) { emit_block(p, m0, mr, w, np, c); });
-      }
   }
 }
 

@@ -548,6 +548,10 @@ static TileFn tile_fn(int32_t format, int64_t mr, int np) {
   return nullptr;
 }
 
+// Many rows: the weights of a task stay in L2 while the tiles pass, and each output row is written in long pieces.
+constexpr int64_t kHotBytes = 512 << 10;
+ENGINE_INLINE int64_t hot_panels(int64_t panel_bytes) { return imax(kHotBytes / panel_bytes, 1); }
+
 // Panels per task, a multiple of `step`: the largest number in [most/4, most] that lets `n` equal threads finish first.
 // Sums do not depend on it, only time does.
 ENGINE_INLINE int64_t pick_chunk(int64_t panels, int64_t n, int64_t most, int64_t step) {

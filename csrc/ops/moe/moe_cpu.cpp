@@ -50,16 +50,14 @@ template <class Src> void pack_rows(const Weights& w, int64_t mr, char* scratch,
 template <class Emit> void product(const Weights& w, int64_t expert, int64_t first, int64_t count, const uint8_t* tiles,
                                    int64_t row_bytes, int64_t p0, int64_t p1, Emit&& emit) {
   const Tiles split = split_rows(count, max_rows(w.format));
-  const int step = panels_for(w.format, split.rows(0));
-  for (int64_t p = p0; p < p1; p += step)
-    for (int64_t i = 0; i < split.count; ++i) {
-      const int64_t r0 = first + split.first(i), mr = split.rows(i);
-      run_panels(w.format, mr, tiles + r0 * row_bytes, w.base + expert * w.stride, w.panel, p, imin(p + step, p1), w.k,
-                 w.group, [&](int64_t panel, int np, const float* c) {
-                   for (int64_t r = 0; r < mr; ++r)
-                     for (int q = 0; q < np; ++q) emit(r0 + r, panel + q, c + (r * np + q) * 16);
-                 });
-    }
+  for (int64_t i = 0; i < split.count; ++i) {
+    const int64_t r0 = first + split.first(i), mr = split.rows(i);
+    run_panels(w.format, mr, tiles + r0 * row_bytes, w.base + expert * w.stride, w.panel, p0, p1, w.k, w.group,
+               [&](int64_t panel, int np, const float* c) {
+                 for (int64_t r = 0; r < mr; ++r)
+                   for (int q = 0; q < np; ++q) emit(r0 + r, panel + q, c + (r * np + q) * 16);
+               });
+  }
 }
 
 void choose(const MoeRouteParams& p, int64_t t, float* s, float* choice) {
@@ -151,9 +149,10 @@ void moe_up(const MoeUpParams& p, Ctx& ctx) {
   if (m <= 0) return;
   const Weights up = weights(p.up, p.format, p.inner, p.d, p.group, p.up_bias);
   const Weights sh = weights(p.shared_up, p.shared_format, p.shared, p.d, p.shared_group, p.shared_bias);
-  // One row: few long streams. Many rows: about 16 panels, so that the touched experts balance.
+  // One row: few long streams. Many rows: what stays in L2 while an expert's rows pass.
   const int64_t panels = ceil_div(p.inner, 16), shared_panels = p.shared_up ? ceil_div(p.shared, 16) : 0;
-  const int64_t most = p.m == 1 ? ceil_div(p.top_k * panels + shared_panels, 8 * ctx.n) : 16;
+  const int64_t most =
+      p.m == 1 ? ceil_div(p.top_k * panels + shared_panels, 8 * ctx.n) : imax(hot_panels(up.panel) & ~1, 2);
   const int64_t chunk_size = ceil_div(panels, ceil_div(panels, imax(most, 1)));
   const int64_t chunks = ceil_div(panels, chunk_size), shared_chunks = ceil_div(shared_panels, chunk_size);
   const auto put = [&](const Weights& w, int64_t expert, float* row, int64_t panel, const float* c) {
@@ -235,7 +234,8 @@ void moe_down(const MoeDownParams& p, Ctx& ctx) {
   const Weights sh = weights(p.shared_down, p.shared_format, p.d, p.shared, p.shared_group, p.shared_bias);
   const int64_t panels = ceil_div(p.d, 16);
   // One row: long streams in each expert. Many rows: the weights of a task stay in L2 while an expert's rows pass.
-  const int64_t chunk_size = pick_chunk(panels, ctx.n, p.m == 1 ? ceil_div(panels, 8 * ctx.n) : 8, p.m == 1 ? 1 : 2);
+  const int64_t chunk_size =
+      pick_chunk(panels, ctx.n, p.m == 1 ? ceil_div(panels, 8 * ctx.n) : hot_panels(down.panel), p.m == 1 ? 1 : 2);
   const int64_t chunks = ceil_div(panels, chunk_size);
   const int64_t rb = moe_row_bytes(p.format, p.inner, p.group);
   const int64_t rbs = p.shared_down ? moe_row_bytes(p.shared_format, p.shared, p.shared_group) : 0;
