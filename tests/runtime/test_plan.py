@@ -172,32 +172,22 @@ def _child(queue):
     queue.put(float(x.sum()))
 
 
-def test_pool_survives_fork():
-    x = np.zeros(20_000, np.float32)
-    rng(as_tensor(x), as_tensor(np.array([5], np.uint64)), as_tensor(np.array([1], np.uint64)))
-    ctx = multiprocessing.get_context("fork")
-    queue = ctx.Queue()
-    child = ctx.Process(target=_child, args=(queue,))
-    child.start()
-    assert queue.get(timeout=30) == float(x.sum())
-    child.join(30)
-    assert child.exitcode == 0
-
-
 def _resized_child(queue):
     device.set_threads(3)
     _child(queue)
 
 
-def test_threads_can_be_set_in_a_forked_child():
+@pytest.mark.parametrize("target", [_child, _resized_child])
+def test_pool_survives_fork(target):
     x = np.zeros(20_000, np.float32)
     rng(as_tensor(x), as_tensor(np.array([5], np.uint64)), as_tensor(np.array([1], np.uint64)))
     ctx = multiprocessing.get_context("fork")
     queue = ctx.Queue()
-    child = ctx.Process(target=_resized_child, args=(queue,))
+    child = ctx.Process(target=target, args=(queue,))
     child.start()
     assert queue.get(timeout=30) == float(x.sum())
     child.join(30)
+    assert child.exitcode == 0
 
 
 def test_parked_threads_wake_up():
