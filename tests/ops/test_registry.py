@@ -10,6 +10,7 @@ import pytest
 from engine.ops import registry
 from engine.ops.registry import error, guarded, ops, surrounded, watch
 from engine.runtime import device
+from engine.runtime.plan import capture
 
 pytest.importorskip("torch")
 
@@ -53,3 +54,14 @@ def test_every_run_is_guarded(op):
     with watch():
         op.run(case, op.inputs(case, np.random.default_rng(7)))
         assert registry._watched, "run makes its outputs with guarded() or GuardedArena"
+
+
+@pytest.mark.parametrize("op", [pytest.param(o, id=o.name) for o in ops().values() if o.graph_safe])
+def test_graph_safe_ops_can_be_captured(op):
+    """Capturing runs nothing and allocates nothing; the plan then replays."""
+    case = next(c for c in op.cases if c.kind == "tiny")
+    call = op.prepare(case, op.inputs(case, np.random.default_rng(7)))
+    call()
+    plan = capture(call, op.name)
+    assert {node.op for node in plan.nodes} <= set(op.kernels or (op.name,))
+    plan.replay()
