@@ -1,24 +1,51 @@
-"""CUDA devices: which there are, memory on them, copies. Thin; the work is in csrc/base/cuda_graph.cpp."""
+"""CUDA devices: which there are, memory on them, copies. Thin; the work is in csrc/base/cuda_graph.cpp.
+
+Everything goes through one driver: the extension module, or in tests an emulator with the same functions.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from engine import _C
 from engine.errors import DeviceError, MemoryPlanError
 
-BUILT: bool = _C.cuda
-OPS: frozenset[str] = frozenset(_C.cuda_ops())
+if TYPE_CHECKING:
+    from engine.runtime.program import Program
+
+_driver: Any = _C
+
+
+@contextmanager
+def use(driver: Any) -> Iterator[None]:
+    """Replaces the driver: an object with what _C offers for CUDA (cuda, cuda_ops, CudaTape, CudaMemory, ...)."""
+    global _driver
+    before, _driver = _driver, driver
+    try:
+        yield
+    finally:
+        _driver = before
+
+
+def built() -> bool:
+    return _driver.cuda
+
+
+def ops() -> frozenset[str]:
+    """Ops with a CUDA C++ kernel in this build."""
+    return frozenset(_driver.cuda_ops())
 
 
 def count() -> int:
     """CUDA devices that this process can use; 0 where the build or the host has none."""
-    return _C.cuda_device_count() if BUILT else 0
+    return _driver.cuda_device_count() if built() else 0
 
 
 def missing() -> str:
     """Why CUDA kernels do not run here; '' if they do."""
-    return _C.cuda_missing() if BUILT else "built without CUDA"
+    return _driver.cuda_missing() if built() else "built without CUDA"
 
 
 def is_cuda(device: str) -> bool:
@@ -30,7 +57,7 @@ def ordinal(device: str) -> int:
     name, _, index = device.partition(":")
     if name != "cuda" or (":" in device and not index.isdecimal()):
         raise DeviceError(f"device {device!r} is not one of cpu, cuda, cuda:N")
-    if not BUILT:
+    if not built():
         raise DeviceError(
             f"device {device!r}: this package was built without CUDA; install nvcc and a driver, then build with "
             "ENGINE_CUDA=ON, or use device='cpu'"
@@ -46,16 +73,16 @@ def ordinal(device: str) -> int:
 def tape(device: str) -> Any:
     """A tape that is captured into a CUDA graph; the same calls as _C.Tape."""
     index = ordinal(device)
-    return _C.CudaTape(index)
+    return _driver.CudaTape(index)
 
 
 def memory(nbytes: int, device: str) -> Any:
     """Zeroed device memory with `address` and `size`."""
     index = ordinal(device)
     try:
-        return _C.CudaMemory(nbytes, index)
+        return _driver.CudaMemory(nbytes, index)
     except MemoryError:
-        free, total = _C.cuda_memory_info(index)
+        free, total = _driver.cuda_memory_info(index)
         raise MemoryPlanError(
             f"{nbytes / 1e9:.2f} GB do not fit on {device}: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free"
         ) from None
@@ -64,10 +91,16 @@ def memory(nbytes: int, device: str) -> Any:
 def copy(dst: int, src: int, nbytes: int, device: str) -> None:
     """Copies between any two of host and device memory; done when it returns."""
     index = ordinal(device)
-    _C.cuda_copy(dst, src, nbytes, index)
+    _driver.cuda_copy(dst, src, nbytes, index)
 
 
 def run(op: int, values: dict, device: str) -> None:
     """One kernel, now."""
     index = ordinal(device)
-    _C.cuda_run(op, index, values)
+    _driver.cuda_run(op, index, values)
+
+
+def run_program(program: Program, device: str) -> None:
+    """One Triton kernel, now."""
+    index = ordinal(device)
+    _driver.cuda_run_program(program, index)

@@ -39,12 +39,16 @@ class FakeC:
     """engine._C of a CUDA build on a host with two small devices."""
 
     calls: list[tuple]
+    cuda = True
 
     def __init__(self) -> None:
         self.calls = []
 
     def __getattr__(self, name: str):
         return getattr(_C, name)
+
+    def cuda_ops(self) -> list[str]:
+        return ["rng"]
 
     def cuda_device_count(self) -> int:
         return 2
@@ -74,12 +78,10 @@ class FakeC:
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake():
     c = FakeC()
-    monkeypatch.setattr(cuda, "_C", c)
-    monkeypatch.setattr(cuda, "BUILT", True)
-    monkeypatch.setattr(cuda, "OPS", frozenset({"rng"}))
-    return c
+    with cuda.use(c):
+        yield c
 
 
 def buffers(name: str):
@@ -156,14 +158,14 @@ def test_unknown_devices(fake, name, message):
     assert device.target() == "cpu"
 
 
-def test_without_cuda_every_error_says_so(monkeypatch):
-    monkeypatch.setattr(cuda, "BUILT", False)
+def test_without_cuda_every_error_says_so(fake):
+    fake.cuda = False
     assert cuda.count() == 0 and cuda.missing() == dispatch.cuda_missing() == "built without CUDA"
     with pytest.raises(DeviceError, match="built without CUDA; install nvcc"):
         cuda.tape("cuda")
 
 
-@pytest.mark.skipif(not cuda.BUILT or cuda.count() > 0, reason="needs a CUDA build on a host without a device")
+@pytest.mark.skipif(not cuda.built() or cuda.count() > 0, reason="needs a CUDA build on a host without a device")
 def test_a_cuda_build_imports_without_a_driver():
     assert cuda.missing()
     with pytest.raises(DeviceError, match="driver"):

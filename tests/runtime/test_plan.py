@@ -57,12 +57,11 @@ def test_audit_restores_state_and_counts_nodes():
 
 
 def test_audit_sees_a_step_that_is_not_static():
-    """A node whose argument is changed between replays, as a moved buffer would."""
+    """A node that only the replay runs."""
     arena = Arena()
     step, _ = _step(arena, 1)
     plan = capture(step)
-    op, isa, values = plan._calls[0]
-    plan._calls[0] = (op, isa, values | {"scale": 2.0})  # eager now differs from the tape
+    plan._calls.clear()  # eager now differs from the tape
     problems = plan.audit(arena).problems
     assert any("differ" in p for p in problems)
 
