@@ -37,7 +37,7 @@ def load(
 
     Args:
         name: zoo name ('nemotron-tiny'), folder in the published layout, or hub id.
-        device: 'auto' or 'cpu'. 'cuda' needs a build with ENGINE_CUDA and a driver.
+        device: 'auto' (a GPU where this build and the host have one), 'cpu', 'cuda' or 'cuda:N'.
         dtype: 'auto' (as stored), or a torch dtype, its name, or fp32 / bf16.
         quant: None, 'int8' or 'int4', made at load.
         strict: raise DispatchError where an op would not run on the fastest implementation of this host.
@@ -48,14 +48,9 @@ def load(
     """
     from engine.io.hub import resolve
     from engine.models import family_of
+    from engine.runtime.device import choose
 
-    if device not in ("auto", "cpu"):
-        from engine.runtime import cuda
-
-        if cuda.is_cuda(str(device)):
-            cuda.ordinal(str(device))
-            raise errors.DeviceError(f"device={device!r}: this model's ops have no CUDA kernels yet; use device='cpu'")
-        raise errors.InputError(f"device={device!r} is not known; use 'auto', 'cpu' or 'cuda'")
+    device = choose(device)
     folder = resolve(name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     _, model_class = family_of(folder)
-    return model_class.load(folder, dtype=dtype, quant=quant, strict=strict, **options)
+    return model_class.load(folder, device=device, dtype=dtype, quant=quant, strict=strict, **options)

@@ -124,15 +124,32 @@ def explain(
 def plan(
     name: Name = "nemotron-tiny", ctx: Annotated[int | None, typer.Option(help="context in tokens")] = None,
     quant: Quant = None, dtype: DType = "auto",
+    chunk: Annotated[int | None, typer.Option(help="prompt tokens per prefill step")] = None,
+    snapshots: Annotated[int | None, typer.Option(help="states kept for prefix reuse")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or a card that is not here: rtx4090, h100, ...")] = "cpu",
 ) -> None:  # fmt: skip
-    """Memory that a load would take, from config.json alone: no weights are read."""
+    """Memory that a load would take, from config.json alone: no weights are read, no device is touched.
+
+    Ends with status 1 where it does not fit, after saying what to lower.
+    """
     from engine.io.hub import resolve
     from engine.models import family_of
+    from engine.runtime.fit import fit, lower
 
     config, cls = family_of(resolve(name))
-    parts = cls.plan(config, dtype=dtype, quant=quant, context=ctx)
-    for part, size in (*parts.items(), ("total", sum(parts.values()))):
-        print(f"{part:<10} {size / 1e9:9.3f} GB")
+    options = {"dtype": dtype, "quant": quant, "context": ctx, "chunk": chunk, "snapshots": snapshots}
+    options = {k: v for k, v in options.items() if v is not None}
+    with fit(device) as (where, have, target):
+        parts = cls.plan(config, device=target, **options)
+        need = sum(parts.values())
+        for part, size in (*parts.items(), ("total", need), ("headroom", have - need)):
+            print(f"{part:<10} {size / 1e9:9.3f} GB")
+        print(f"{where}: {have / 1e9:.3f} GB to use")
+        if need <= have:
+            return
+        change = lower(lambda **changed: sum(cls.plan(config, device=target, **options | changed).values()), have, ctx)
+        print(f"does not fit: {change}")
+        raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,17 +2,41 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
 namespace engine::cuda {
 namespace {
 
+// The code of a cubin; layers that run the same kernel share it.
+struct Library {
+  cudaLibrary_t handle = nullptr;
+  ~Library() {
+    if (handle) cudaLibraryUnload(handle);
+  }
+};
+
 void check(cudaError_t e, const std::string& what) {
   if (e == cudaSuccess) return;
   cudaGetLastError();  // not sticky: the next call reports its own
   if (e == cudaErrorMemoryAllocation) throw std::bad_alloc();
   throw std::runtime_error(what + ": " + cudaGetErrorString(e) + " (" + cudaGetErrorName(e) + ")");
+}
+
+std::shared_ptr<Library> library_of(const std::string& image, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, std::string>, std::weak_ptr<Library>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::weak_ptr<Library>& slot = known[{device, image}];
+  std::shared_ptr<Library> library = slot.lock();
+  if (library) return library;
+  library = std::make_shared<Library>();
+  check(cudaLibraryLoadData(&library->handle, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+        "cudaLibraryLoadData");
+  slot = library;
+  return library;
 }
 
 cudaStream_t stream_of(void* s) { return static_cast<cudaStream_t>(s); }
@@ -30,6 +54,69 @@ struct Events {
 };
 
 }  // namespace
+
+class LoadedProgram {
+ public:
+  LoadedProgram(CudaProgram program, int device) : program_(std::move(program)) {
+    check(cudaSetDevice(device), "cudaSetDevice");
+    library_ = library_of(program_.image, device);
+    program_.image.clear();
+    check(cudaLibraryGetKernel(&kernel_, library_->handle, program_.name.c_str()), program_.name);
+    if (program_.shared > 48 * 1024)  // above the default limit a kernel must ask
+      check(cudaKernelSetAttributeForDevice(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, int(program_.shared),
+                                            device),
+            program_.name);
+    for (const size_t at : program_.offsets) {
+      if (at >= program_.params.size()) throw std::invalid_argument(program_.name + ": an argument lies behind params");
+      args_.push_back(program_.params.data() + at);
+    }
+  }
+  LoadedProgram(const LoadedProgram&) = delete;
+  LoadedProgram& operator=(const LoadedProgram&) = delete;
+
+  void launch(void* stream) const {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(program_.grid[0], program_.grid[1], program_.grid[2]);
+    config.blockDim = dim3(program_.threads);
+    config.dynamicSmemBytes = program_.shared;
+    config.stream = stream_of(stream);
+    // The runtime copies the arguments before it returns.
+    check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel_), const_cast<void**>(args_.data())),
+          program_.name);
+  }
+  const std::string& params() const { return program_.params; }
+
+ private:
+  CudaProgram program_;
+  std::shared_ptr<Library> library_;
+  cudaKernel_t kernel_ = nullptr;
+  std::vector<void*> args_;  // into program_.params
+};
+
+CudaNode program_node(CudaProgram program, const std::string& label, int device) {
+  CudaNode node;
+  node.label = label.empty() ? program.name : label;
+  node.program = std::make_shared<LoadedProgram>(std::move(program), device);
+  return node;
+}
+
+const std::string& program_params(const CudaNode& node) { return node.program->params(); }
+
+namespace {
+void launch_node(const CudaNode& node, void* stream) {
+  if (node.program)
+    node.program->launch(stream);
+  else
+    node.fn(node.params, stream);
+}
+}  // namespace
+
+int capability(int device) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return 10 * major + minor;
+}
 
 int device_count() {
   int n = 0;
@@ -75,7 +162,7 @@ void CudaTape::capture() {
   // Relaxed: the first launch of a kernel loads its code, which the stricter modes may refuse.
   check(cudaStreamBeginCapture(stream_of(stream_), cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
   try {
-    for (const CudaNode& n : nodes_) n.fn(n.params, stream_);
+    for (const CudaNode& n : nodes_) launch_node(n, stream_);
   } catch (...) {
     if (cudaStreamEndCapture(stream_of(stream_), &graph) == cudaSuccess && graph) cudaGraphDestroy(graph);
     cudaGetLastError();
@@ -115,7 +202,7 @@ std::vector<int64_t> CudaTape::replay_timed() {
   Events events(nodes_.size() + 1);
   check(cudaEventRecord(events.list[0], stream_of(stream_)), "cudaEventRecord");
   for (size_t i = 0; i < nodes_.size(); ++i) {
-    nodes_[i].fn(nodes_[i].params, stream_);
+    launch_node(nodes_[i], stream_);
     check(cudaEventRecord(events.list[i + 1], stream_of(stream_)), "cudaEventRecord");
   }
   synchronize();
@@ -131,7 +218,7 @@ std::vector<int64_t> CudaTape::replay_timed() {
 void run_once(const CudaNode& node, int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
   // Ordered with copies like the legacy default stream, on which dependent launch has no meaning.
-  node.fn(node.params, cudaStreamPerThread);
+  launch_node(node, cudaStreamPerThread);
   check(cudaStreamSynchronize(cudaStreamPerThread), node.label);
 }
 

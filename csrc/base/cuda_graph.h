@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,16 +14,36 @@ namespace engine::cuda {
 
 using LaunchFn = void (*)(const void* params, void* stream);
 
+// A kernel compiled elsewhere, as a cubin, and one launch of it. params: the argument buffer, each argument at its offset.
+struct CudaProgram {
+  std::string image, name;
+  unsigned grid[3] = {1, 1, 1};
+  unsigned threads = 0;
+  size_t shared = 0;  // dynamic shared memory, bytes
+  std::string params;
+  std::vector<size_t> offsets;
+};
+
+class LoadedProgram;  // on one device
+
 struct CudaNode {
   LaunchFn fn = nullptr;
   int op = -1;  // index into ops()
   std::string label;
   alignas(64) unsigned char params[kMaxParamBytes] = {};
+  std::shared_ptr<const LoadedProgram> program;  // instead of fn and params
 };
+
+// A node that launches the program. Loads it now: nothing is loaded or compiled while a step is captured.
+CudaNode program_node(CudaProgram program, const std::string& label, int device);
+// The argument buffer of a program node.
+const std::string& program_params(const CudaNode& node);
 
 // Devices that this process can use; 0 without a driver, and then `missing()` says why.
 int device_count();
 std::string missing();
+// Compute capability: 90 for 9.0.
+int capability(int device);
 
 class CudaTape {
  public:
@@ -31,6 +52,7 @@ class CudaTape {
   CudaTape(const CudaTape&) = delete;
   CudaTape& operator=(const CudaTape&) = delete;
 
+  int device() const { return device_; }
   void push(const CudaNode& node);
   size_t size() const { return nodes_.size(); }
   const CudaNode& node(size_t i) const { return nodes_[i]; }

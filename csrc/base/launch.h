@@ -23,11 +23,12 @@ struct Launch {
   bool overlap = false;    // may start before the previous kernel ends; the kernel must call wait_for_previous()
 };
 
-// Called before each launch when set; the name is a string literal.
-using TraceFn = void (*)(const char* name, const Launch& launch, void* arg);
+// Called before each launch when set, or instead of it; the name is a string literal.
+using TraceFn = void (*)(const char* name, const void* kernel, const Launch& launch, void* arg);
 struct Trace {
   TraceFn fn = nullptr;
   void* arg = nullptr;
+  bool instead = false;  // what would be launched, without a device
 };
 inline Trace& trace() {
   static Trace hook;
@@ -44,9 +45,10 @@ inline void check(cudaError_t e, const char* what) {
 
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), const Launch& l, Args&&... args) {
-  if (trace().fn) trace().fn(name, l, trace().arg);
+  if (trace().fn) trace().fn(name, reinterpret_cast<const void*>(kernel), l, trace().arg);
+  if (trace().instead) return;
 #if defined(ENGINE_EMU)
-  emu::run(l.grid, l.block, l.shared, [&] { kernel(Params(args)...); });
+  emu::run(name, l.grid, l.block, l.shared, l.overlap, [&] { kernel(Params(args)...); });
 #else
   auto stream = static_cast<cudaStream_t>(l.stream);
   if (l.shared > 48 * 1024) {  // above the default limit a kernel must ask

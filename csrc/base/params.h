@@ -4,6 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// Functions that kernels of both compilers evaluate; static, so that no linker merges the copies of two instruction sets.
+#if defined(__CUDACC__)
+#define ENGINE_HD static __host__ __device__ __forceinline__
+#else
+#define ENGINE_HD static inline __attribute__((always_inline))
+#endif
+
 namespace engine {
 
 enum class Kind : uint8_t { ptr, i32, i64, u64, f32 };

@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ENGINE_HD static __host__ __device__ __forceinline__
-#else
-#define ENGINE_HD static inline __attribute__((always_inline))
-#endif
+#include "base/params.h"
 
 namespace engine {
 

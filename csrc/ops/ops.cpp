@@ -10,17 +10,17 @@
 
 // op, parameter struct, cpu_only | with_cuda
 #define ENGINE_OPS(X)                     \
-  X(attention, AttentionParams, cpu_only) \
-  X(gather, GatherParams, cpu_only)       \
-  X(gemm, GemmParams, cpu_only)           \
+  X(attention, AttentionParams, with_cuda) \
+  X(gather, GatherParams, with_cuda)       \
+  X(gemm, GemmParams, with_cuda)           \
   X(gemm_pack, GemmPackParams, cpu_only)  \
   X(gemm_peak, GemmPeakParams, cpu_only)  \
-  X(moe_down, MoeDownParams, cpu_only)    \
-  X(moe_route, MoeRouteParams, cpu_only)  \
-  X(moe_up, MoeUpParams, cpu_only)        \
+  X(moe_down, MoeDownParams, with_cuda)    \
+  X(moe_route, MoeRouteParams, with_cuda)  \
+  X(moe_up, MoeUpParams, with_cuda)        \
   X(rng, RngParams, with_cuda)            \
-  X(sample, SampleParams, cpu_only)       \
-  X(ssm, SsmParams, cpu_only)
+  X(sample, SampleParams, with_cuda)       \
+  X(ssm, SsmParams, with_cuda)
 
 namespace engine {
 
@@ -36,16 +36,25 @@ namespace engine {
 #define ENGINE_DECLARE_cpu_only(op, Params)
 #define ENGINE_CUDA_cpu_only(op, Params) nullptr
 
-#define ENGINE_DECLARE(op, Params, cuda_kernel)                             \
-  namespace cpu::scalar { void op(const Params&, Ctx&); }                   \
-  namespace cpu::avx2 { void op(const Params&, Ctx&); }                     \
-  namespace cpu::avx512 { void op(const Params&, Ctx&); }                   \
-  ENGINE_DECLARE_##cuda_kernel(op, Params)                                  \
+// The emulated module (tests/emu) has the same table without the CPU kernels.
+#if defined(ENGINE_NO_CPU_KERNELS)
+#define ENGINE_DECLARE_CPU(op, Params)
+#define ENGINE_THUNK(isa, op, Params) nullptr
+#else
+#define ENGINE_DECLARE_CPU(op, Params)                    \
+  namespace cpu::scalar { void op(const Params&, Ctx&); } \
+  namespace cpu::avx2 { void op(const Params&, Ctx&); }   \
+  namespace cpu::avx512 { void op(const Params&, Ctx&); }
+#define ENGINE_THUNK(isa, op, Params) \
+  [](const void* p, Ctx& c) { cpu::isa::op(*static_cast<const Params*>(p), c); }
+#endif
+
+#define ENGINE_DECLARE(op, Params, cuda_kernel) \
+  ENGINE_DECLARE_CPU(op, Params)                \
+  ENGINE_DECLARE_##cuda_kernel(op, Params)      \
   static_assert(sizeof(Params) <= kMaxParamBytes, "raise kMaxParamBytes");
 ENGINE_OPS(ENGINE_DECLARE)
 
-#define ENGINE_THUNK(isa, op, Params) \
-  [](const void* p, Ctx& c) { cpu::isa::op(*static_cast<const Params*>(p), c); }
 #define ENGINE_ENTRY(op, Params, cuda_kernel)                                                                    \
   {#op, fields_of_##Params::table, int(sizeof(fields_of_##Params::table) / sizeof(Field)), sizeof(Params),       \
    {ENGINE_THUNK(scalar, op, Params), ENGINE_THUNK(avx2, op, Params), ENGINE_THUNK(avx512, op, Params)},         \

@@ -161,14 +161,14 @@ class LanguageModel(Model):
 
     # ------------------------------------------------------------------------------------------ state
     def _set(self, buffer: Tensor, value: int) -> None:
-        buffer.numpy()[0] = value
+        buffer.window()[0] = value
 
     def _prefill(self, tokens: list[int], cuts: Sequence[int] = ()) -> None:
         """Runs tokens[len(live):] through the network in chunks; snapshots at the lengths in `cuts`."""
         cache, io, run = self._cache, self.io, self.plans["prefill"].replay
         live = cache.live or []
         at = start = len(live)
-        ids = io.ids.numpy()
+        ids = io.ids.window()
         cache.live = None  # unknown until the last chunk is through
         while at < len(tokens):
             stop = min([at + self.chunk, len(tokens), *(c for c in cuts if c > at)])
@@ -191,8 +191,9 @@ class LanguageModel(Model):
         self._prefill(tokens, [*boundaries, *range(SNAPSHOT_EVERY, len(tokens), SNAPSHOT_EVERY)])
         s = self.io.sampler
         options.write(s)
-        s.seen.numpy()[:] = 0
-        s.seen.numpy()[tokens] = 1
+        seen = np.zeros(s.seen.shape, np.uint8)
+        seen[tokens] = 1
+        s.seen.write(seen)
         self._set(s.step, 0)
         self._set(s.pos, len(tokens) - 1)  # the draw advances it: the drawn token is not cached yet
         self.plans["head"].replay()
@@ -243,8 +244,8 @@ class LanguageModel(Model):
         """Token ids, one per step. `force` = (step, ids): from that step on the drawn ids are replaced by these,
         unless they were drawn before that. Keeps the cache's record right however it is left."""
         s, replay, clock = self.io.sampler, self.plans["decode"].replay, time.perf_counter
-        token, step = s.token.numpy(), s.step.numpy()
-        history, seen = s.history.numpy(), s.seen.numpy()
+        token, step = s.token.window(), s.step.window()
+        history, seen = s.history.window(), s.seen.window()
         t0 = clock()
         self._start(prompt, options, boundaries)
         timing.prefill = clock() - t0
@@ -279,7 +280,7 @@ class LanguageModel(Model):
                     break
         finally:
             # Device memory is the record: it and the recurrent state advance in the same replay.
-            cached = int(s.pos.numpy()[0])
+            cached = int(s.pos.window()[0])
             drawn_ids = history[: int(step[0])].tolist()
             self._cache.live = (prompt + drawn_ids)[:cached]
             self._cache.snapshot()
@@ -414,11 +415,11 @@ class LanguageModel(Model):
     def _score_blocks(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         step = self.io.score_logits.shape[0]
         self._cache.clear()  # from scratch, whatever is cached
-        view = self.io.score_logits.numpy()
         for at in range(0, len(tokens), step):
             self._prefill(tokens[: at + step])
             self.plans["score"].replay()
-            yield at, view[: min(step, len(tokens) - at)]
+            n = min(step, len(tokens) - at)
+            yield at, self.io.score_logits.slice(0, (n, self.vocab_size)).host()
 
     def warmup(self) -> None:
         """Runs every plan once on an empty state."""

@@ -36,7 +36,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Empty sequence; every snapshot dies with its KV positions."""
         for s in self._states:
-            s.numpy()[...] = 0
+            s.write(np.zeros(s.shape, np.float32))
         self.live = []
         self._drop_beyond(0)
 
@@ -55,7 +55,7 @@ class PrefixCache:
         self._clock += 1
         slot.used = self._clock
         for state, copy in zip(self._states, slot.copies):
-            np.copyto(state.numpy(), copy.numpy())
+            state.copy_from(copy)
         self.live = list(slot.tokens)
         self._drop_beyond(len(slot.tokens))
         return len(slot.tokens)
@@ -77,5 +77,5 @@ class PrefixCache:
                 return
         slot = min(self._slots, key=lambda s: s.used)
         for state, copy in zip(self._states, slot.copies):
-            np.copyto(copy.numpy(), state.numpy())
+            copy.copy_from(state)
         slot.tokens, slot.used = list(self.live), self._clock

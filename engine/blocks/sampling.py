@@ -51,11 +51,7 @@ class SamplingOptions:
         return self.temperature < 1e-5
 
     def write(self, state: SamplerState) -> None:
-        state.control.numpy()[:] = (
-            0.0 if self.greedy else self.temperature,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-        )
-        state.limits.numpy()[0] = self.top_k
-        state.seed.numpy()[0] = self.seed
+        temperature = 0.0 if self.greedy else self.temperature
+        state.control.window()[:] = (temperature, self.top_p, self.min_p, self.repetition_penalty)
+        state.limits.window()[0] = self.top_k
+        state.seed.window()[0] = self.seed

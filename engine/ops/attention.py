@@ -10,10 +10,11 @@ import numpy as np
 from engine import _C
 from engine.errors import InputError
 from engine.ops.checks import Check
-from engine.ops.dispatch import call
-from engine.ops.gemm import FORMATS
+from engine.ops.dispatch import call, many_rows
+from engine.ops.gemm import FORMATS, power_of_two
 from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
+from engine.runtime.program import Program
 
 MAX_D = 1024  # a task keeps its rows of q and out in per-thread scratch
 
@@ -96,10 +97,42 @@ def attention(
     check.takes("out", out, (t, heads * d), strided=True)
     check.may_take("rows", rows, (1,), "i32")
     check.room(ws, workspace_bytes(t, heads, d, cache.ctx))
-    call("attention", label, nbytes=0, q=q, k=k, v=v, ldq=q.ld, ldkv=k.ld,
+    factor = scale if scale is not None else d**-0.5
+
+    def programs() -> list[Program]:
+        share, size = heads // cache.kv_heads, 4 if cache.format == "f32" else 2
+        k_panel, v_panel = (_C.gemm_panel_bytes(FORMATS[cache.format], n, 1) for n in (d, cache.ctx))
+        common = {"CTX": cache.ctx, "D": d, "FORMAT": FORMATS[cache.format]}
+        bd = max(16, power_of_two(d))
+        write = Program(
+            "attention.append",
+            (-(-t // 16), cache.kv_heads, 1),
+            {"k": k, "v": v, "k_cache": cache.k, "v_cache": cache.v, "pos": pos, "live": rows, "m": t, "ldkv": k.ld},
+            {**common, "K_PANEL": k_panel // size, "V_PANEL": v_panel // size, "BT": 16, "BD": bd},
+        )
+        if cache.format == "f32":  # products in fp32 hold their whole depth in registers: short slices
+            wide = bd > 64
+            blocks, warps, stages = {"BM": 16 if wide else 32, "BN": 32 if wide else 64, "BK": min(32, bd)}, 4, 1
+        elif bd <= 128:
+            bm = max(16, min(64, power_of_two(t * share)))
+            blocks, warps, stages = {"BM": bm, "BN": 64, "BK": bd}, 4, 2
+        else:
+            blocks, warps, stages = {"BM": 16, "BN": 32, "BK": 64}, 4 if bd <= 256 else 8, 1
+        read = Program(
+            "attention.causal",
+            (-(-t * share // blocks["BM"]), cache.kv_heads, 1),
+            {"q": q, "k_cache": cache.k, "v_cache": cache.v, "pos": pos, "out": out, "live": rows, "m": t,
+             "ldq": q.ld, "ldo": out.ld, "scale": float(factor)},
+            {**common, "SHARE": share, "K_PANEL": k_panel // 4, "V_PANEL": v_panel // 4, "BD": bd, **blocks},
+            warps,
+            stages,
+        )  # fmt: skip
+        return [write, read]
+
+    call("attention", label, nbytes=0, programs=programs if many_rows(t) else None, q=q, k=k, v=v, ldq=q.ld, ldkv=k.ld,
          k_cache=cache.k, v_cache=cache.v, format=FORMATS[cache.format], ctx=cache.ctx,
          pos=pos, out=out, ldo=out.ld, ws=ws, rows=rows, m=t,
-         heads=heads, kv_heads=cache.kv_heads, d=d, scale=scale if scale is not None else d**-0.5)  # fmt: skip
+         heads=heads, kv_heads=cache.kv_heads, d=d, scale=factor)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -217,6 +250,5 @@ register(
         tolerance={"f32": 5e-6, "bf16": 3e-3},
         bytes=lambda c: (2 if c.dtype == "bf16" else 4) * 2 * c.kv * c.d * (c.past + c.t) + 8 * c.t * c.h * c.d,
         flops=_flops,
-        absent={"cuda": "not written yet: split-KV decode", "triton": "issue 3: causal prefill"},
     )
 )

@@ -13,6 +13,7 @@ from engine.runtime.arena import Tensor
 from engine.runtime.program import Program
 
 _OPS: dict[str, int] = {name: i for i, (name, _) in enumerate(_C.ops())}
+PROGRAM_ROWS = 8  # up to this many rows the C++ kernels read each weight once and are the faster ones
 _local = threading.local()  # strictness belongs to the thread that loads
 
 
@@ -42,6 +43,11 @@ def rejected(isa: int) -> tuple[tuple[str, str], ...]:
 def cuda_missing() -> str:
     """Why CUDA kernels do not run here."""
     return cuda.missing() or "the model was loaded on the CPU"
+
+
+def many_rows(m: int) -> bool:
+    """A CUDA device takes Triton programs for an op with a capacity of m rows."""
+    return m > PROGRAM_ROWS and device.target() != "cpu"
 
 
 def call(

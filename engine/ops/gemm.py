@@ -10,9 +10,11 @@ import numpy as np
 from engine import _C
 from engine.errors import InputError
 from engine.ops.checks import Check
-from engine.ops.dispatch import call
+from engine.ops.dispatch import call, many_rows
 from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
-from engine.runtime.arena import Arena, Tensor, as_tensor
+from engine.runtime import device
+from engine.runtime.arena import DTYPES, Arena, Tensor, as_tensor
+from engine.runtime.program import Program
 
 FORMATS = {"f32": 0, "bf16": 1, "i8": 2, "i4": 3}
 ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4}
@@ -79,9 +81,20 @@ class PackedMatrix:
             raise InputError(f"cannot pack {src.dtype}{list(src.shape)} at row {row} of a [{self.n}, {self.k}] matrix")
         src = np.ascontiguousarray(src)
         bad = np.zeros(1, np.int32)
-        call("gemm_pack", src=src.ctypes.data, lds=self.k, src_dtype=SRC[dtype],
-             dst=self.data.address + index * self.matrix_bytes, n=src.shape[0], k=self.k, n0=row,
-             format=FORMATS[self.format], group=self.group, bad=bad.ctypes.data)  # fmt: skip
+        first, last = row // 16, math.ceil((row + src.shape[0]) / 16)
+        at, nbytes = index * self.matrix_bytes + first * self.panel_bytes, (last - first) * self.panel_bytes
+        panels, here = self.data.slice(at, (nbytes,)), self.data.device == "cpu"
+        if not here:  # packed on this side, then copied
+            panels = as_tensor(np.zeros(nbytes, np.uint8))
+            if row % 16:  # the panel that the rows before have begun
+                begun = (self.panel_bytes,)
+                panels.slice(0, begun).write(self.data.slice(at, begun).read())
+        with device.on("cpu"):
+            call("gemm_pack", src=src.ctypes.data, lds=self.k, src_dtype=SRC[dtype], dst=panels.address,
+                 n=src.shape[0], k=self.k, n0=row % 16, format=FORMATS[self.format], group=self.group,
+                 bad=bad.ctypes.data)  # fmt: skip
+        if not here:
+            self.data.slice(at, (nbytes,)).write(panels.numpy())
         return bool(bad[0])
 
     def fits(self, check: Check, name: str, n: int, k: int, count: int = 1) -> None:
@@ -91,10 +104,17 @@ class PackedMatrix:
         check.one_of(f"the format of {name}", self.format, FORMATS)
         check.takes(name, self.data, (self.matrix_bytes * count,), "u8")
 
+    def addressable(self) -> None:
+        """InputError where a program's 32-bit offsets do not reach the end of one matrix."""
+        if self.matrix_bytes >= 1 << 32:
+            raise InputError(
+                f"a matrix [{self.n}, {self.k}] of {self.matrix_bytes} bytes exceeds the 4 GiB of programs"
+            )
+
     def unpack(self, index: int = 0) -> np.ndarray:
         """The weights that the kernels multiply with, f32 [n, k]."""
         panels = math.ceil(self.n / 16)
-        raw = self.data.numpy()[index * self.matrix_bytes : (index + 1) * self.matrix_bytes].reshape(panels, -1)
+        raw = self.data.slice(index * self.matrix_bytes, (self.matrix_bytes,)).host().reshape(panels, -1)
         k, g = self.k, self.group
         if self.format == "f32":
             w = raw.view(np.float32).reshape(panels, k, 16).transpose(0, 2, 1)
@@ -128,6 +148,146 @@ def workspace_bytes(m: int, k: int) -> int:
     most 12 rows later than m rows would (m = 183 on AVX-512: one tile of 14 rows, then 13 of 13, 14 apart).
     """
     return (m + 12) * (4 * k + 8 * (k // 32 + 1) + 64) + 64
+
+
+# ------------------------------------------------------------------------------------------------- Triton programs
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows [m, k] in the format of the weights that they meet, as triton_kernels/gemm.py lays them out in ws."""
+
+    codes: Tensor
+    scales: Tensor | None  # f32 [k/group, m]
+    m: int
+    k: int
+    format: str
+    group: int
+    ld: int
+    nbytes: int
+
+    @staticmethod
+    def place(ws: Tensor, at: int, m: int, k: int, format: str, group: int) -> Activations:
+        """At byte `at` of ws; InputError if ws is too small."""
+        if format in ("i8", "i4"):
+            ld, size, groups = k, _ceil(m * k, 64), k // group
+        else:
+            ld, groups = _ceil(k, 4 if format == "f32" else 8), 0
+            size = _ceil(m * ld * (4 if format == "f32" else 2), 64)
+        if m * ld >= 1 << 31:
+            raise InputError(f"{m} rows of {k} values exceed the 2^31 that programs address; use a smaller chunk")
+        scales = part(ws, at + size, "f32", groups, m) if groups else None
+        return Activations(part(ws, at, "u8", size), scales, m, k, format, group, ld, size + _ceil(4 * groups * m, 64))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b) * b
+
+
+def part(ws: Tensor, at: int, dtype: str, *shape: int) -> Tensor:
+    """A buffer at byte `at` of ws."""
+    end = at + math.prod(shape) * DTYPES[dtype][0]
+    if end > ws.nbytes:
+        raise InputError(f"ws has {ws.nbytes} bytes; programs of this op need {end}")
+    return Tensor(ws.address + at, shape, dtype, ws.owner, ws.device)
+
+
+def row_programs(
+    x: Tensor,
+    to: Activations,
+    *,
+    rows: Tensor | None,
+    per: int = 1,
+    norm: Tensor | None = None,
+    gate: Tensor | None = None,
+    norm_group: int = 0,
+    eps: float = 0.0,
+    rstd: Tensor | None = None,
+) -> list[Program]:
+    """Norm and rounding of activations. rstd [m, k/norm_group]: scratch of the gated norm; per: rows per live row."""
+    out = []
+    m, k = to.m, to.k
+    if gate is not None:
+        block = min(1024, max(16, power_of_two(norm_group)))
+        args = {"x": x, "z": gate, "rstd": rstd, "rows": rows, "m": m, "ldx": x.ld, "ldz": gate.ld, "eps": eps}
+        constants = {"NORM_GROUP": norm_group, "BLOCK": block}
+        out.append(Program("gemm.group_norms", (m, k // norm_group, 1), args, constants, warps=1 if block < 512 else 4))
+    block = min(2048, max(64, power_of_two(k)))
+    out.append(
+        Program(
+            "gemm.rows",
+            (m, 1, 1),
+            {
+                "x": x,
+                "z": gate,
+                "norm": norm,
+                "rstd": rstd,
+                "out": to.codes,
+                "scales": to.scales,
+                "live": rows,
+                "m": m,
+                "ldx": x.ld,
+                "ldz": gate.ld if gate else 0,
+                "eps": eps,
+            },
+            {
+                "K": k,
+                "LDA": to.ld,
+                "PER": per,
+                "NORM": 0 if norm is None else 1 if gate is None else 2,
+                "NORM_GROUP": norm_group or k,
+                "FORMAT": FORMATS[to.format],
+                "GROUP": to.group,
+                "BLOCK": block,
+            },
+            warps=max(1, min(8, block // 256)),
+            fusion=False,  # codes are rounded products: x * (127 / amax), then half to even
+        )
+    )
+    return out
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def tile(m: int, n: int, format: str) -> tuple[dict[str, int], int, int]:
+    """(BM, BN, BK; warps; stages) of a product of m rows."""
+    bm = min(128, max(16, power_of_two(m)))
+    if format == "f32":
+        return {"BM": min(bm, 32), "BN": 32 if n <= 512 else 64, "BK": 16}, 4, 2
+    if format == "bf16":
+        return {"BM": bm, "BN": 128 if n > 64 else 64, "BK": 64}, 8 if bm == 128 else 4, 3 if bm < 128 else 2
+    # int32 sums and their fp32 totals are alive together: half the rows of a bf16 tile. Of 8-bit codes a tile of few
+    # rows takes half the columns: 32 x 128 needs 130 registers, which ptxas cuts to 128 for sm_90 and spills.
+    columns = 128 if n > 64 and (format == "i4" or bm >= 64) else 64
+    return {"BM": min(bm, 64), "BN": columns, "BK": 64}, 4, 4
+
+
+def matmul_program(
+    a: Activations,
+    w: PackedMatrix,
+    out: Tensor,
+    *,
+    rows: Tensor | None,
+    bias: Tensor | None = None,
+    act: str = "none",
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+) -> Program:
+    blocks, warps, stages = tile(a.m, w.n, w.format)
+    w.addressable()
+    return Program(
+        "gemm.matmul",
+        (-(-a.m // blocks["BM"]), -(-w.n // blocks["BN"]), 1),
+        {"a": a.codes, "scales": a.scales, "w": w.data, "out": out, "residual": residual, "bias": bias, "live": rows,
+         "m": a.m, "ldo": out.ld, "ldr": residual.ld if residual else 0, "scale": float(scale)},
+        {"N": w.n, "K": w.k, "LDA": a.ld, "PANEL": w.panel_bytes // 4, "FORMAT": FORMATS[w.format], "GROUP": w.group,
+         "ACT": ACTS[act], **blocks},
+        warps,
+        stages,
+    )  # fmt: skip
 
 
 def gemm(
@@ -172,7 +332,17 @@ def gemm(
     elif m * k * 8 > 65536:
         check.fail(f"M*K = {m * k} needs ws of workspace_bytes(M, K)")
     prologue = 0 if norm is None else 1 if gate is None else 2
-    call("gemm", label, nbytes=w.matrix_bytes, x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
+
+    def programs() -> list[Program]:
+        if ws is None:
+            check.fail(f"{m} rows on a CUDA device need ws of workspace_bytes(M, K)")
+        a = Activations.place(ws, 0, m, k, w.format, w.group)
+        rstd = part(ws, a.nbytes, "f32", m, k // norm_group) if gate is not None else None
+        pre = row_programs(x, a, rows=rows, norm=norm, gate=gate, norm_group=norm_group, eps=eps, rstd=rstd)
+        return [*pre, matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual)]
+
+    call("gemm", label, nbytes=w.matrix_bytes, programs=programs if many_rows(m) else None,
+         x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
          residual=residual, ldr=residual.ld if residual else 0,
          bias=bias, pro_w=norm, z=gate,
          ldz=gate.ld if gate else 0, ws=ws, rows=rows, m=m, n=w.n, k=k,
@@ -330,6 +500,5 @@ register(
         tolerance={"f32": 2e-6, "bf16": 2e-4, "i8": 2e-4, "i4": 2e-4},
         bytes=lambda c: _weight_bytes(c) + 4 * c.m * (c.k + c.n),
         flops=lambda c: 2 * c.m * c.n * c.k,
-        absent={"cuda": "not written yet: decode GEMV in CUDA C++", "triton": "issue 3: prefill GEMM in Triton"},
     )
 )

@@ -8,11 +8,26 @@ import numpy as np
 
 from engine import _C
 from engine.ops.checks import Check, Shape
-from engine.ops.dispatch import call
-from engine.ops.gemm import ACTS, FORMATS, PackedMatrix, activate, group_for, quantised_activations, rms_norm
+from engine.ops.dispatch import call, many_rows
+from engine.ops.gemm import (
+    ACTS,
+    FORMATS,
+    Activations,
+    PackedMatrix,
+    activate,
+    group_for,
+    matmul_program,
+    part,
+    power_of_two,
+    quantised_activations,
+    rms_norm,
+    row_programs,
+    tile,
+)
 from engine.ops.gemm import workspace_bytes as gemm_workspace
 from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, guarded, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
+from engine.runtime.program import Program
 
 SCRATCH_BYTES = 3 << 20  # of each thread's scratch, for packed rows (moe_down, T = 1)
 MAX_EXPERTS = 65536  # scores of one token lie in per-thread scratch
@@ -28,6 +43,7 @@ class Routing:
     offsets: Tensor
     order: Tensor
     logits: Tensor
+    ticket: Tensor  # i32 [1], zero between launches
     experts: int
     top_k: int
 
@@ -39,6 +55,7 @@ class Routing:
             arena.alloc(f"{name}.offsets", (experts + 1,), "i32"),
             arena.alloc(f"{name}.order", (m * top_k,), "i32"),
             arena.alloc(f"{name}.logits", (m, experts)),
+            arena.alloc(f"{name}.ticket", (1,), "i32", "io"),
             experts,
             top_k,
         )
@@ -52,6 +69,7 @@ class Routing:
         check.takes("offsets", self.offsets, (self.experts + 1,), "i32")
         check.takes("order", self.order, (m * self.top_k,), "i32", longer=True)
         check.takes("logits", self.logits, (m, self.experts))
+        check.takes("ticket", self.ticket, (1,), "i32")
 
 
 def _shared_fits(check: Check, name: str, w: PackedMatrix | None, hs: Tensor | None, n: int, k: int) -> None:
@@ -62,6 +80,57 @@ def _shared_fits(check: Check, name: str, w: PackedMatrix | None, hs: Tensor | N
 
 def _bias_shapes(experts: int, n: int) -> list[Shape]:
     return [(experts, n), (experts * n,)]
+
+
+# ------------------------------------------------------------------------------------------------- Triton programs
+
+
+def _grouped(
+    a: Activations,
+    w: PackedMatrix,
+    out: Tensor,
+    routing: Routing,
+    table_at: int,
+    ws: Tensor,
+    *,
+    up: bool,
+    bias: Tensor | None,
+    act: str,
+) -> list[Program]:
+    """The tile table at byte table_at of ws, and the product of all pairs with the matrices of their experts."""
+    pairs, experts = routing.ids.shape[0] * routing.top_k, routing.experts
+    blocks, warps, stages = tile(-(-pairs // experts), w.n, w.format)
+    w.addressable()
+    slots = _slots(pairs, experts, blocks["BM"])
+    table = part(ws, table_at, "i32", 1 + 2 * slots)
+    find = Program(
+        "moe.tiles",
+        (experts, 1, 1),
+        {"offsets": routing.offsets, "table": table},
+        {"EXPERTS": experts, "SLOTS": slots, "BM": blocks["BM"], "BLOCK": min(1024, max(16, power_of_two(experts)))},
+        warps=1,
+    )
+    multiply = Program(
+        "moe.grouped",
+        (slots, -(-w.n // blocks["BN"]), 1),
+        {"a": a.codes, "scales": a.scales, "w": w.data, "out": out, "bias": bias,
+         "weights": None if up else routing.weights, "table": table, "offsets": routing.offsets,
+         "order": routing.order, "scale_rows": a.m,},
+        {"N": w.n, "K": w.k, "LDA": a.ld, "PANEL": w.panel_bytes // 4, "FORMAT": FORMATS[w.format], "GROUP": w.group,
+         "ACT": ACTS[act], "TOP_K": routing.top_k, "UP": up, "SLOTS": slots, **blocks},
+        warps,
+        stages,
+    )  # fmt: skip
+    return [find, multiply]
+
+
+def _slots(pairs: int, experts: int, bm: int) -> int:
+    """Tiles that `pairs` can need at most, whatever the routing: each expert may leave one unfilled."""
+    return min(pairs, experts) + pairs // bm
+
+
+def _table_bytes(pairs: int, experts: int) -> int:
+    return 4 * (1 + 2 * _slots(pairs, experts, 16)) + 64
 
 
 def moe_route(
@@ -94,12 +163,35 @@ def moe_route(
     if not 1 <= topk_group <= n_group or to.experts % n_group:
         check.fail(f"groups {topk_group}/{n_group} do not fit {to.experts} experts; n_group must divide them")
     check.may_take("rows", rows, (1,), "i32")
-    check.room(ws, gemm_workspace(x.shape[0], gate.k))
-    call("moe_route", label, nbytes=gate.matrix_bytes, x=x, ldx=x.ld, norm=norm, eps=eps,
-         gate=gate.data, bias=bias, logits=to.logits, ids=to.ids,
+    m, experts, top_k = x.shape[0], to.experts, to.top_k
+    check.room(ws, gemm_workspace(m, gate.k))
+
+    def programs() -> list[Program]:
+        a = Activations.place(ws, 0, m, gate.k, "f32", 1)
+        choose = Program(
+            "moe.choose",
+            (m, 1, 1),
+            {"logits": to.logits, "bias": bias, "ids": to.ids, "weights": to.weights, "live": rows, "m": m,
+             "scale": float(scale)},
+            {"EXPERTS": experts, "TOP_K": top_k, "GROUPS": n_group, "KEEP": topk_group, "NORM": norm_topk,
+             "BG": power_of_two(n_group), "BS": power_of_two(experts // n_group), "BK": power_of_two(top_k)},
+            warps=1 if experts <= 512 else 4,
+        )  # fmt: skip
+        sort = Program(
+            "moe.sort",
+            (experts, 1, 1),
+            {"ids": to.ids, "offsets": to.offsets, "order": to.order, "live": rows, "m": m},
+            {"TOP_K": top_k, "EXPERTS": experts, "BLOCK": min(1024, max(32, power_of_two(m * top_k)))},
+        )
+        pre = row_programs(x, a, rows=rows, norm=norm, eps=eps)
+        return [*pre, matmul_program(a, gate, to.logits, rows=rows), choose, sort]
+
+    call("moe_route", label, nbytes=gate.matrix_bytes, programs=programs if many_rows(m) else None,
+         x=x, ldx=x.ld, norm=norm, eps=eps, gate=gate.data, bias=bias, logits=to.logits, ids=to.ids,
          weights=to.weights, offsets=to.offsets, order=to.order, ws=ws,
          rows=rows, m=x.shape[0], d=x.shape[1], experts=to.experts, top_k=to.top_k,
-         n_group=n_group, topk_group=topk_group, norm_topk=int(norm_topk), scale=scale)  # fmt: skip
+         n_group=n_group, topk_group=topk_group, norm_topk=int(norm_topk), scale=scale,
+         ticket=to.ticket)  # fmt: skip
 
 
 def moe_up(
@@ -139,7 +231,21 @@ def moe_up(
     check.may_take("rows", rows, (1,), "i32")
     formats = FORMATS[up.format], up.group, FORMATS[s.format], s.group
     check.room(ws, _C.moe_up_workspace(m, routing.top_k, d, *formats))
+
+    def programs() -> list[Program]:
+        a = Activations.place(ws, 0, m, d, up.format, up.group)
+        out, end, same = row_programs(x, a, rows=rows, norm=norm, eps=eps), a.nbytes, a
+        if shared is not None and (shared.format, shared.group) != (up.format, up.group):
+            same = Activations.place(ws, end, m, d, shared.format, shared.group)
+            end += same.nbytes
+            out += row_programs(x, same, rows=rows, norm=norm, eps=eps)
+        out += _grouped(a, up, h, routing, end, ws, up=True, bias=up_bias, act=act)
+        if shared is not None and hs is not None:
+            out.append(matmul_program(same, shared, hs, rows=rows, bias=shared_bias, act=act))
+        return out
+
     call("moe_up", label, nbytes=up.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
+         programs=programs if many_rows(m) else None,
          x=x, ldx=x.ld, norm=norm, eps=eps, up=up.data,
          shared_up=shared.data if shared else None, up_bias=up_bias,
          shared_bias=shared_bias, ids=routing.ids,
@@ -188,7 +294,42 @@ def moe_down(
             f"top_k {top_k} rows of inner {down.k} take {_C.moe_down_workspace(1, *sizes)} bytes of scratch; "
             f"the limit for one token is {SCRATCH_BYTES}, use a smaller top_k or inner, or format i8"
         )
+
+    def programs() -> list[Program]:
+        pairs = m * top_k
+        a = Activations.place(ws, 0, pairs, down.k, down.format, down.group)
+        out_of = part(ws, a.nbytes, "f32", pairs, d)
+        end = a.nbytes + out_of.nbytes
+        todo = row_programs(h, a, rows=rows, per=top_k)
+        base = residual
+        if shared is not None and hs is not None:
+            b = Activations.place(ws, end, m, shared.k, shared.format, shared.group)
+            end += b.nbytes
+            todo += row_programs(hs, b, rows=rows)
+            todo.append(matmul_program(b, shared, out, rows=rows, bias=shared_bias, residual=residual))
+            base = out
+        todo += _grouped(a, down, out_of, routing, end, ws, up=False, bias=down_bias, act="none")
+        block = min(1024, power_of_two(d))
+        todo.append(
+            Program(
+                "moe.combine",
+                (m, -(-d // block), 1),
+                {
+                    "pairs": out_of,
+                    "base": base,
+                    "out": out,
+                    "live": rows,
+                    "m": m,
+                    "ldb": base.ld if base else 0,
+                    "ldo": out.ld,
+                },
+                {"D": d, "TOP_K": top_k, "BLOCK": block},
+            )
+        )
+        return todo
+
     call("moe_down", label, nbytes=down.matrix_bytes * routing.top_k + (shared.matrix_bytes if shared else 0),
+         programs=programs if many_rows(m) else None,
          h=h, hs=hs, residual=residual,
          ldr=residual.ld if residual else 0, down=down.data, shared_down=shared.data if shared else None,
          down_bias=down_bias, shared_bias=shared_bias,
@@ -205,7 +346,11 @@ def moe_workspace(m: int, d: int, up: PackedMatrix, top_k: int, shared: PackedMa
     a = (FORMATS[up.format], up.group, FORMATS[s.format])
     inner_group = group_for(up.n) or 1
     shared_inner = group_for(s.n) or 1
+    pairs, on_cuda = m * top_k, many_rows(m)
+    # Triton: activations as fp32 at most, the outputs of all pairs, the tile table.
+    programs = 4 * pairs * (up.n + d + 8) + 4 * m * (s.n + 8) + _table_bytes(pairs, up.count) + 256 if on_cuda else 0
     return max(
+        programs,
         gemm_workspace(m, d),
         _C.moe_up_workspace(m, top_k, d, *a, s.group),
         _C.moe_down_workspace(m, top_k, up.n, s.n if shared else 0, a[0], inner_group, a[2], shared_inner),
@@ -357,6 +502,8 @@ register(
                 ),
                 {"t": 6, "e": 6, "k": 6, "i": 96, "s": 32, "d": 160, "ng": 3, "dtype": "i4"},
                 {"t": 3, "e": 4, "k": 1, "i": 24, "s": 40, "d": 64, "ng": 1, "dtype": "i8"},
+                # a router of several panels whose K is split; formats of routed and shared that differ
+                *({"t": t, "e": 40, "k": 4, "i": 32, "s": 40, "d": 288, "ng": 1, "dtype": "i4"} for t in (1, 3)),
             ),
             *cases(
                 "real",
@@ -376,6 +523,5 @@ register(
         tolerance={"f32": 5e-6, "bf16": 1e-3, "i8": 3e-3, "i4": 3e-3},
         bytes=_bytes,
         flops=lambda c: 4 * c.t * c.d * (c.k * c.i + c.s) + 2 * c.t * c.e * c.d,
-        absent={"cuda": "not written yet: fused decode dispatch", "triton": "issue 3: grouped GEMM"},
     )
 )

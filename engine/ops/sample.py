@@ -28,6 +28,7 @@ class SamplerState:
     step: Tensor  # i32 [1]
     work: Tensor  # f32 [V]
     ws: Tensor
+    ticket: Tensor  # i32 [2]
 
     @staticmethod
     def empty(arena: Arena, vocab: int, capacity: int) -> SamplerState:
@@ -45,11 +46,22 @@ class SamplerState:
             io("step", 1, "i32"),
             io("work", vocab, "f32"),
             io("ws", _C.sample_workspace(vocab), "u8"),
+            io("ticket", 2, "i32"),
         )
 
     def fits(self, check: Check, vocab: int) -> None:
         """InputError unless the buffers serve a vocabulary of this size."""
-        sizes = {"control": 4, "limits": 1, "seed": 1, "seen": vocab, "token": 1, "pos": 1, "step": 1, "work": vocab}
+        sizes = {
+            "control": 4,
+            "limits": 1,
+            "seed": 1,
+            "seen": vocab,
+            "token": 1,
+            "pos": 1,
+            "step": 1,
+            "work": vocab,
+            "ticket": 2,
+        }
         dtypes = {"control": "f32", "seed": "u64", "seen": "u8", "work": "f32"}
         for name, n in sizes.items():
             check.takes(f"state.{name}", getattr(self, name), (n,), dtypes.get(name, "i32"))
@@ -70,15 +82,18 @@ def sample(logits: Tensor, state: SamplerState, *, label: str = "sample") -> Non
     call("sample", label, nbytes=logits.nbytes, logits=logits, vocab=vocab,
          control=s.control, limits=s.limits, seed=s.seed, seen=s.seen,
          work=s.work, ws=s.ws, token=s.token, history=s.history,
-         capacity=s.history.shape[0], pos=s.pos, step=s.step)  # fmt: skip
+         capacity=s.history.shape[0], pos=s.pos, step=s.step,
+         ticket=s.ticket)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
 
 
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
+    logits = (3 * rng.standard_normal(c.v)).astype(np.float32)
+    logits[list(c.dims.get("peaks", ()))] = 30
     return {
-        "logits": (3 * rng.standard_normal(c.v)).astype(np.float32),
+        "logits": logits,
         "seen": (rng.random(c.v) < 0.3).astype(np.uint8),
         "seed": rng.integers(0, 2**63, 1, dtype=np.uint64),
     }
@@ -190,7 +205,16 @@ register(
                 "odd",
                 *(
                     {"v": v, **_S, **o}
-                    for v, o in ((1, {}), (3, {"k": 2}), (4097, {"p": 0.95}), (9999, {"k": 50, "p": 0.5}))
+                    for v, o in (
+                        (1, {}),
+                        (3, {"k": 2}),
+                        (4097, {"p": 0.95}),
+                        (9999, {"k": 50, "p": 0.5}),
+                        (700, {"temp": 30.0, "pen": 8.0, "draws": 32}),  # nearly flat: every logit counts
+                        (5000, {"temp": 0, "peaks": (4095,)}),
+                        (4097, {"temp": 0, "peaks": (4096,)}),
+                        (9000, {"temp": 0, "peaks": (8999, 4100, 77, 76)}),  # ties: the lowest id
+                    )
                 ),
             ),
             *cases("real", {"v": 131072, **_S, "temp": 1.0, "p": 0.95}, {"v": 131072, **_S, "temp": 0}),
@@ -203,6 +227,6 @@ register(
         tolerance={"f32": 0.0},
         bytes=lambda c: 12 * c.v,
         flops=lambda c: 0,
-        absent={"cuda": "not written yet: on-device sampler", "triton": "one block's reduction: no tiles"},
+        absent={"triton": "one block's reduction: no tiles"},
     )
 )

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.ops.checks import Check
-from engine.ops.dispatch import call
+from engine.ops.dispatch import call, many_rows
+from engine.ops.gemm import power_of_two
 from engine.ops.registry import Arrays, Case, Op, cases, guarded, register, surrounded
 from engine.runtime.arena import Tensor, as_tensor
+from engine.runtime.program import Program
+
+PRECISION = "ieee"  # of the products of the chunked scan; "tf32x3" takes three tensor core products, "tf32" one
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def ssm(
     dt_bias: Tensor,
     state: Tensor,
     u: Tensor,
+    ticket: Tensor,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     rows: Tensor | None = None,
     label: str = "",
@@ -53,7 +58,8 @@ def ssm(
     """y = scan(silu(conv(xbc))), states updated in place (Dao & Gu 2024, Mamba-2).
 
     xbc [T, channels], dt [T,H], out [T, H*P] f32; conv_w [K, channels]; conv_state [K-1, channels]: last raw inputs;
-    a = -exp(A_log), d_skip, dt_bias [H]; state [H,N,Pp]; u [T, channels] workspace. rows (i32 [1]) replaces T.
+    a = -exp(A_log), d_skip, dt_bias [H]; state [H,N,Pp]; u [T, channels] workspace; ticket
+    i32 [G], zero between launches. rows (i32 [1]) replaces T.
     """
     check, channels = Check("ssm", label), shape.channels
     if min(shape.heads, shape.head_dim, shape.groups, shape.n_state, shape.taps) < 1 or shape.heads % shape.groups:
@@ -69,12 +75,50 @@ def ssm(
         check.takes(name, vector, (shape.heads,))
     check.takes("state", state, shape.state)
     check.takes("u", u, (t, channels))
+    check.takes("ticket", ticket, (shape.groups,), "i32")
     check.may_take("rows", rows, (1,), "i32")
-    call("ssm", label, nbytes=2 * state.nbytes, xbc=xbc, ldx=xbc.ld, dt=dt, lddt=dt.ld,
+
+    def programs() -> list[Program]:
+        heads, p, n = shape.heads, shape.head_dim, shape.n_state
+        live: dict[str, Tensor | int | None] = {"live": rows, "m": t}
+        width = {"CHANNELS": channels, "TAPS": shape.taps}
+        bt, bc = min(16, power_of_two(t)), min(128, power_of_two(channels))
+        bp, blocks = max(16, min(32, power_of_two(p))), -(-channels // bc)
+        first = {
+            "xbc": xbc,
+            "conv_w": conv_w,
+            "conv_b": conv_b,
+            "conv_state": conv_state,
+            "u": u,
+            **live,
+            "ldx": xbc.ld,
+        }
+        last = {"xbc": xbc, "conv_state": conv_state, **live, "ldx": xbc.ld}
+        walk = {"u": u, "dt": dt, "a": a, "d_skip": d_skip, "dt_bias": dt_bias, "state": state, "out": out, **live,
+                "lddt": dt.ld, "ldo": out.ld, "dt_min": float(dt_limit[0]), "dt_max": float(dt_limit[1])}  # fmt: skip
+        sizes: dict[str, int | bool | str] = {
+            "HEADS": heads,
+            "P": p,
+            "GROUPS": shape.groups,
+            "N": n,
+            "PP": shape.state[2],
+            "Q": max(16, min(64, power_of_two(t))),
+            "BN": max(16, min(32, power_of_two(n))),
+            "BP": bp,
+            "PRECISION": PRECISION,
+        }
+        out_of = [Program("ssm.conv", (-(-t // bt), blocks, 1), first, {**width, "BT": bt, "BC": bc})]
+        if shape.taps > 1:
+            out_of.append(Program("ssm.tail", (blocks, 1, 1), last, {**width, "BC": bc}))
+        return [*out_of, Program("ssm.scan", (heads, -(-p // bp), 1), walk, sizes, warps=8, stages=1)]
+
+    call("ssm", label, nbytes=2 * state.nbytes, programs=programs if many_rows(t) else None,
+         xbc=xbc, ldx=xbc.ld, dt=dt, lddt=dt.ld,
          conv_w=conv_w, conv_b=conv_b, conv_state=conv_state, a=a,
          d_skip=d_skip, dt_bias=dt_bias, state=state, u=u, out=out, ldo=out.ld,
          rows=rows, m=t, heads=shape.heads, head_dim=shape.head_dim, groups=shape.groups,
-         n_state=shape.n_state, taps=shape.taps, dt_min=dt_limit[0], dt_max=dt_limit[1])  # fmt: skip
+         n_state=shape.n_state, taps=shape.taps, dt_min=dt_limit[0], dt_max=dt_limit[1],
+         ticket=ticket)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -132,7 +176,8 @@ def _call(c: Case, arrays: Arrays, out: np.ndarray):
     u = as_tensor(guarded(c.t, s.channels))
     dst = as_tensor(out)
     names = ("conv_w", "conv_b", "conv_state", "a", "d_skip", "dt_bias", "state")
-    return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, **{n: t[n] for n in names})  # type: ignore[arg-type]
+    ticket = as_tensor(np.zeros(c.g, np.int32))
+    return lambda: ssm(s, t["xbc"], t["dt"], dst, u=u, ticket=ticket, **{n: t[n] for n in names})  # type: ignore[arg-type]
 
 
 def _run(c: Case, arrays: Arrays) -> Arrays:
@@ -193,6 +238,5 @@ register(
         tolerance={"f32": 1e-5},
         bytes=lambda c: 4 * (2 * c.h * c.n * c.p + c.t * (3 * _shape(c).channels + c.h * c.p)),
         flops=lambda c: c.t * (6 * c.h * c.n * c.p + 2 * c.k * _shape(c).channels),
-        absent={"cuda": "not written yet: decode step", "triton": "issue 3: chunked scan for prefill"},
     )
 )

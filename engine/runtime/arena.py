@@ -27,6 +27,7 @@ _BY_NUMPY: dict[Any, str] = {np.dtype(np_type): name for name, (_, np_type) in D
 PARTS = ("weights", "state", "kv", "workspace", "io")
 _SLAB = 1 << 20
 _ALIGN = 64
+_NOWHERE = 1 << 40  # where the buffers of a dry arena begin
 _capturing: Any = threading.local()
 
 
@@ -81,6 +82,21 @@ class Tensor:
             raise InputError(f"an array of shape {source.shape} does not fit a buffer of shape {self.shape}")
         cuda.copy(self.address, source.ctypes.data, self.nbytes, self.device)
 
+    def copy_from(self, other: Tensor) -> None:
+        """The contents of a buffer of the same size on the same device."""
+        if self.device == "cpu":
+            np.copyto(self.numpy(), other.numpy())
+        else:
+            cuda.copy(self.address, other.address, self.nbytes, self.device)
+
+    def host(self) -> np.ndarray:
+        """The contents here: a view on the CPU, a copy from a device."""
+        return self.numpy() if self.device == "cpu" else self.read()
+
+    def window(self) -> np.ndarray | Window:
+        """Elements of a 1-D buffer by index, wherever it lies: the memory itself on the CPU, copies on a device."""
+        return self.numpy() if self.device == "cpu" else Window(self)
+
     def _packed(self) -> tuple[int, ...]:
         if self.ld != (self.shape[-1] if self.shape else 1):
             raise InputError(f"a column range of a buffer on {self.device} cannot be copied; copy the whole buffer")
@@ -104,6 +120,25 @@ class Tensor:
         return Tensor(self.address + offset * size, tuple(shape), self.dtype, self.owner, self.device)
 
 
+class Window:
+    """w[i], w[i:j], and assignment to either, of a 1-D buffer on a device; each is one copy."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def _part(self, key: int | slice) -> Tensor:
+        start, stop, _ = key.indices(self._tensor.shape[0]) if isinstance(key, slice) else (key, key + 1, 1)
+        return self._tensor.slice(start, (stop - start,))
+
+    def __getitem__(self, key: int | slice) -> Any:
+        part = self._part(key).read()
+        return part if isinstance(key, slice) else part[0]
+
+    def __setitem__(self, key: int | slice, value: Any) -> None:
+        part = self._part(key)
+        part.write(np.broadcast_to(np.asarray(value, DTYPES[part.dtype][1]), part.shape))
+
+
 def as_tensor(value: object) -> Tensor:
     """A Tensor over numpy memory (or anything with DLPack on the CPU); contiguous or refused."""
     if isinstance(value, Tensor):
@@ -125,7 +160,7 @@ class Arena:
 
     def __init__(self, device: str = "cpu", dry: bool = False) -> None:
         self.device = device
-        self.dry = dry  # counts bytes and takes none: what a load would need
+        self.dry = dry  # counts bytes and takes none: what a load would need; addresses are made up
         self.sealed = False
         self.allocations = 0
         self.buffers: dict[str, tuple[str, Tensor]] = {}
@@ -142,7 +177,8 @@ class Arena:
         shape = tuple(int(s) for s in shape)
         nbytes = math.prod(shape) * DTYPES[dtype][0]
         if self.dry:
-            self.buffers[name] = (part, Tensor(0, shape, dtype, None, self.device))
+            self.buffers[name] = (part, Tensor(_NOWHERE + self._used, shape, dtype, None, self.device))
+            self._used += (nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
             return self.buffers[name][1]
         try:
             if nbytes >= _SLAB // 4:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine import _C
-from engine.errors import DeviceError, MemoryPlanError
+from engine.errors import DeviceError, MemoryPlanError, PlanError
 
 if TYPE_CHECKING:
     from engine.runtime.program import Program
@@ -27,6 +27,51 @@ def use(driver: Any) -> Iterator[None]:
         yield
     finally:
         _driver = before
+
+
+class RecordedTape:
+    """Nodes of a plan for a device that is not here: (op, -1, label, arguments) or (kernel, -1, label, Program)."""
+
+    def __init__(self) -> None:
+        self.nodes: list[tuple] = []
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def push(self, op: int, isa: int, label: str, values: dict) -> None:
+        self.nodes.append((op, isa, label, values))
+
+    def push_program(self, label: str, program: Program) -> None:
+        self.nodes.append((program.kernel, -1, label, program))
+
+    def node(self, i: int) -> tuple:
+        return self.nodes[i]
+
+    def capture(self) -> None:
+        """Nothing is instantiated."""
+
+    def replay(self) -> None:
+        raise PlanError("this plan was recorded for a device that is not here; it cannot run")
+
+    replay_timed = replay
+
+
+class Recorder:
+    """A driver without a device: memory is laid out in a dry arena and plans are recorded; nothing can run."""
+
+    cuda = True
+
+    def cuda_ops(self) -> list[str]:
+        return [name for name, _ in _C.ops()]
+
+    def cuda_device_count(self) -> int:
+        return 1
+
+    def cuda_missing(self) -> str:
+        return ""
+
+    def CudaTape(self, index: int) -> RecordedTape:
+        return RecordedTape()
 
 
 def built() -> bool:
@@ -70,10 +115,35 @@ def ordinal(device: str) -> int:
     return int(index or 0)
 
 
+class _Tape:
+    """The module's tape, which takes programs as they are recorded: compiled here, before the capture."""
+
+    def __init__(self, index: int) -> None:
+        self._tape, self._index = _driver.CudaTape(index), index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tape, name)
+
+    def __len__(self) -> int:
+        return len(self._tape)
+
+    def push_program(self, label: str, program: Program) -> None:
+        self._tape.push_program(label=label, **_launch(program, self._index))
+
+
+def _launch(program: Program, index: int) -> dict[str, Any]:
+    """What the module needs to launch a program on a device."""
+    from engine.runtime.program import compile  # late: program.py imports the arena, which imports cuda
+
+    cubin = compile(program, _driver.cuda_capability(index))
+    return {"image": cubin.image, "name": cubin.name, "grid": program.grid, "threads": cubin.threads,
+            "shared": cubin.shared, "params": program.params(), "offsets": program.offsets()}  # fmt: skip
+
+
 def tape(device: str) -> Any:
-    """A tape that is captured into a CUDA graph; the same calls as _C.Tape."""
+    """A tape that is captured into a CUDA graph; the same calls as _C.Tape, and push_program(label, Program)."""
     index = ordinal(device)
-    return _driver.CudaTape(index)
+    return _Tape(index) if _driver is _C else _driver.CudaTape(index)
 
 
 def memory(nbytes: int, device: str) -> Any:
@@ -86,6 +156,11 @@ def memory(nbytes: int, device: str) -> Any:
         raise MemoryPlanError(
             f"{nbytes / 1e9:.2f} GB do not fit on {device}: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free"
         ) from None
+
+
+def free_bytes(device: str) -> int:
+    index = ordinal(device)
+    return _driver.cuda_memory_info(index)[0]
 
 
 def copy(dst: int, src: int, nbytes: int, device: str) -> None:
@@ -103,4 +178,7 @@ def run(op: int, values: dict, device: str) -> None:
 def run_program(program: Program, device: str) -> None:
     """One Triton kernel, now."""
     index = ordinal(device)
-    _driver.cuda_run_program(program, index)
+    if _driver is _C:
+        _driver.cuda_run_program(**_launch(program, index), device=index)
+    else:
+        _driver.cuda_run_program(program, index)

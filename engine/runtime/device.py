@@ -83,8 +83,26 @@ def on(name: str) -> Iterator[None]:
         _target.name = before
 
 
-def available_bytes() -> int:
-    """Memory that this process can still take: what the system has free, within its control group's limit."""
+def choose(name: object) -> str:
+    """'cpu' or a CUDA device that is there, from a name or 'auto'.
+
+    Raises: DeviceError (a CUDA device that is not there), InputError (no such name).
+    """
+    if name == "auto":
+        return "cuda" if cuda.count() else "cpu"
+    if name == "cpu":
+        return "cpu"
+    if not isinstance(name, str) or not cuda.is_cuda(name):
+        raise InputError(f"device={name!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    cuda.ordinal(name)
+    return name
+
+
+def available_bytes(name: str = "cpu") -> int:
+    """Memory of a device that this process can still take; on the CPU what the system has free, within its control
+    group's limit."""
+    if name != "cpu":
+        return cuda.free_bytes(name)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -86,7 +86,8 @@ class Model:
 
     @property
     def device_name(self) -> str:
-        return f"cpu/{device.isa_name()} x{device.threads()}"
+        target = self.arena.device
+        return f"cpu/{device.isa_name()} x{device.threads()}" if target == "cpu" else target
 
     @contextmanager
     def _use(self) -> Iterator[None]:

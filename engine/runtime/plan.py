@@ -54,7 +54,7 @@ class Plan:
         self.device = target
         self.nodes: list[NodeInfo] = []
         self._tape: Any = _C.Tape() if target == "cpu" else cuda.tape(target)
-        self._calls: list[Callable[[], None]] = []  # the nodes as single calls
+        self.calls: list[Callable[[], None]] = []  # the nodes as single calls
         self._owners: dict[int, object] = {}
         self.step: Callable[[], None] | None = None  # what was captured, for the audit
         self.isa = device.isa_name()
@@ -68,14 +68,14 @@ class Plan:
     def record(self, op: int, isa: int, info: NodeInfo, values: dict) -> None:
         self._tape.push(op, isa, info.label, values)
         if self.device == "cpu":
-            self._calls.append(lambda: _C.run(op, isa, values))
+            self.calls.append(lambda: _C.run(op, isa, values))
         else:
-            self._calls.append(lambda: cuda.run(op, values, self.device))
+            self.calls.append(lambda: cuda.run(op, values, self.device))
         self.nodes.append(info)
 
     def record_program(self, program: Program, info: NodeInfo) -> None:
         self._tape.push_program(info.label, program)
-        self._calls.append(lambda: cuda.run_program(program, self.device))
+        self.calls.append(lambda: cuda.run_program(program, self.device))
         self.nodes.append(info)
 
     def keep(self, owners: Iterable[object]) -> None:
@@ -95,7 +95,7 @@ class Plan:
 
     def eager(self) -> None:
         """The same kernels with the same arguments, one call each: what `replay` must equal bit for bit."""
-        for call in self._calls:
+        for call in self.calls:
             call()
 
     def profile(self, repeats: int = 20) -> list[tuple[NodeInfo, float]]:

@@ -143,7 +143,8 @@ def test_binding_includes():
 def test_kernels_launch_in_one_place_and_ptx_has_one_home():
     for path in files("csrc", *CXX):
         text = path.read_text("utf-8")
-        if name(path) != "csrc/base/launch.h":
+        # cuda_graph.cpp launches what was compiled elsewhere (Triton), of which there is no C++ function.
+        if name(path) not in ("csrc/base/launch.h", "csrc/base/cuda_graph.cpp"):
             assert "<<<" not in text and "cudaLaunchKernel" not in text, f"{name(path)}: launch through base/launch.h"
         if name(path) != "csrc/base/ptx.cuh" and path.suffix in (".cu", ".cuh"):
             assert not re.search(r"\basm\b", text), f"{name(path)}: inline PTX belongs to base/ptx.cuh"

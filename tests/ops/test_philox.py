@@ -165,7 +165,8 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emu")
     (folder / "driver.cpp").write_text(DRIVER)
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-DENGINE_EMU", f"-I{ROOT / 'csrc'}", "-x", "c++"]
-    command += [str(ROOT / "csrc/ops/rng/rng.cu"), str(folder / "driver.cpp"), "-o", str(folder / "emu.so")]
+    command += [str(ROOT / "csrc/ops/rng/rng.cu"), str(folder / "driver.cpp"), str(ROOT / "csrc/emu/emu.cpp")]
+    command += [f"-Wl,-T,{ROOT / 'csrc/emu/shared.ld'}", "-pthread", "-o", str(folder / "emu.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(folder / "emu.so"))

@@ -18,8 +18,15 @@ ENGINE_PARAMS(AttentionParams, ENGINE_ATTENTION_PARAMS)
 constexpr int64_t kAttentionSplit = 256;    // positions per task in decode: fixed, so results do not depend on threads
 constexpr int64_t kAttentionSplitRows = 4;  // up to this many tokens the context is split
 
+// CUDA, few rows: positions per block, so that a full cache makes at most 128 blocks per kv head.
+constexpr int64_t kAttentionCudaRows = 8;
+constexpr int64_t attention_cuda_split(int64_t ctx) { return ctx <= 128 * 128 ? 128 : (ctx + 16383) / 16384 * 128; }
+
 constexpr int64_t attention_workspace(int64_t m, int64_t heads, int64_t d, int64_t ctx) {
-  const int64_t t = m < kAttentionSplitRows ? m : kAttentionSplitRows;
-  return ((ctx + kAttentionSplit - 1) / kAttentionSplit) * t * heads * (d + 2) * 4 + 64;
+  const int64_t t = m < kAttentionSplitRows ? m : kAttentionSplitRows,
+                u = m < kAttentionCudaRows ? m : kAttentionCudaRows;
+  const int64_t cpu = ((ctx + kAttentionSplit - 1) / kAttentionSplit) * t;
+  const int64_t cuda = ((ctx + attention_cuda_split(ctx) - 1) / attention_cuda_split(ctx)) * u;
+  return (cpu > cuda ? cpu : cuda) * heads * (d + 2) * 4 + 64;
 }
 }  // namespace engine

@@ -35,15 +35,15 @@ ENGINE_PARAMS(GemmPackParams, ENGINE_GEMM_PACK_PARAMS)
 ENGINE_PARAMS(GemmPeakParams, ENGINE_GEMM_PEAK_PARAMS)
 
 // Bytes of one panel of 16 rows.
-constexpr int64_t gemm_panel_bytes(int32_t format, int64_t k, int64_t group) {
+ENGINE_HD constexpr int64_t gemm_panel_bytes(int32_t format, int64_t k, int64_t group) {
   const int64_t codes = format == 0 ? 64 * k : format == 1 ? 32 * (k + (k & 1)) : format == 2 ? 16 * k : 8 * k;
   const int64_t scales = format >= 2 ? (k / group + 1) / 2 * 64 : 0;
   return codes + scales;
 }
 
 // Where the codes and the scales of group g lie in a quantised panel of `groups` groups of `code` bytes each.
-constexpr int64_t gemm_codes_at(int64_t g, int64_t code) { return g * code + g / 2 * 64; }
-constexpr int64_t gemm_scales_at(int64_t g, int64_t groups, int64_t code) {
+ENGINE_HD constexpr int64_t gemm_codes_at(int64_t g, int64_t code) { return g * code + g / 2 * 64; }
+ENGINE_HD constexpr int64_t gemm_scales_at(int64_t g, int64_t groups, int64_t code) {
   const int64_t end = (g | 1) + 1 < groups ? (g | 1) + 1 : groups;  // one past the block's last group
   return end * code + g / 2 * 64 + (g & 1) * 32;
 }

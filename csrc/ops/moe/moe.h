@@ -9,6 +9,7 @@
 // moe_down:  out[t,:] = residual[t,:] + sum_j w[t,j] * (h_j @ down_e.T) + hs[t,:] @ shared_down.T,
 //            experts in ascending order (T > 1) or in the order of the router (T = 1), shared last.
 // x, out, residual [T,D] f32; gate packed f32 [E,D]; up packed [I,D] and down packed [D,I], one after another, E times;
+// ticket [1]: zero before and after every launch (CUDA: the last block to finish chooses).
 // h [T*top_k, I], hs [T, S] f32. Formats as in csrc/ops/gemm. up_bias etc. [E,I], [E,D], [S], [D] f32 or null.
 #pragma once
 #include "base/params.h"
@@ -18,7 +19,8 @@ namespace engine {
   F(const float*, x) F(int64_t, ldx) F(const float*, norm) F(float, eps) F(const uint8_t*, gate)                \
   F(const float*, bias) F(float*, logits) F(int32_t*, ids) F(float*, weights) F(int32_t*, offsets)              \
   F(int32_t*, order) F(uint8_t*, ws) F(const int32_t*, rows) F(int64_t, m) F(int64_t, d) F(int64_t, experts)    \
-  F(int64_t, top_k) F(int64_t, n_group) F(int64_t, topk_group) F(int32_t, norm_topk) F(float, scale)
+  F(int64_t, top_k) F(int64_t, n_group) F(int64_t, topk_group) F(int32_t, norm_topk) F(float, scale)            \
+  F(uint32_t*, ticket)
 ENGINE_PARAMS(MoeRouteParams, ENGINE_MOE_ROUTE_PARAMS)
 
 #define ENGINE_MOE_UP_PARAMS(F)                                                                                 \

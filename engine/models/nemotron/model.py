@@ -17,7 +17,7 @@ from engine.errors import ConfigError, InputError, MemoryPlanError
 from engine.io.checkpoint import Checkpoint, Source
 from engine.io.text import ChatTemplate, Tokenizer
 from engine.models.nemotron.config import NemotronConfig
-from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, Recipe, load_weights, weight_bytes
+from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, Shapes, load_weights
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops import moe as moe_op
@@ -29,7 +29,7 @@ from engine.ops.moe import Routing, moe_down, moe_route, moe_up
 from engine.ops.sample import sample
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import available_bytes, parse_dtype
+from engine.runtime.device import available_bytes, on, parse_dtype
 from engine.runtime.plan import capture
 
 DEFAULT_CONTEXT = 8192
@@ -61,6 +61,7 @@ class Buffers:
         self.x = ws("x", m, d)
         self.proj = ws("proj", m, c.mamba_inner + c.conv_dim + c.mamba_num_heads) if "M" in c.pattern else None
         self.u = ws("u", m, c.conv_dim) if "M" in c.pattern else None
+        self.ticket = arena.alloc("ticket", (c.n_groups,), "i32", "io") if "M" in c.pattern else None
         self.y = ws("y", m, max(c.mamba_inner if "M" in c.pattern else 1, q if "*" in c.pattern else 1))
         self.qkv = ws("qkv", m, q + 2 * kv) if "*" in c.pattern else None
         self.mlp = ws("mlp", m, c.intermediate_size) if "-" in c.pattern else None
@@ -79,13 +80,13 @@ class Buffers:
         """The same memory, seen as a step of m tokens."""
         out = object.__new__(Buffers)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "ws":
+            if isinstance(value, Tensor) and name not in ("ws", "ticket"):
                 lead = m * (value.shape[0] // self.x.shape[0])
                 value = value.slice(0, (lead, value.shape[1]))
             elif isinstance(value, Routing):
                 value = Routing(value.ids.slice(0, (m, value.top_k)), value.weights.slice(0, (m, value.top_k)),
-                                value.offsets, value.order, value.logits.slice(0, (m, value.experts)), value.experts,
-                                value.top_k)  # fmt: skip
+                                value.offsets, value.order, value.logits.slice(0, (m, value.experts)), value.ticket,
+                                value.experts, value.top_k)  # fmt: skip
             setattr(out, name, value)
         return out
 
@@ -109,9 +110,10 @@ class Nemotron(LanguageModel):
     def __init__(
         self,
         config: NemotronConfig,
-        source: Source,
+        source: Source | None,
         *,
         name: str = "nemotron",
+        device: str = "cpu",
         dtype: object = "auto",
         quant: str | None = None,
         context: int | None = None,
@@ -124,9 +126,9 @@ class Nemotron(LanguageModel):
     ) -> None:
         """Packs the weights and captures every plan.
 
-        dtype: 'auto' (that of the checkpoint), float32 or bfloat16. quant: None, 'int8', 'int4'. context: tokens of KV
-        cache, default min(8192, the model's limit). chunk: prompt tokens per prefill step. snapshots: states kept for
-        prefix reuse.
+        source: the tensors; None makes a sketch, see there. device: 'cpu', 'cuda' or 'cuda:N'. dtype: 'auto' (that of
+        the checkpoint), float32 or bfloat16. quant: None, 'int8', 'int4'. context: tokens of KV cache, default
+        min(8192, the model's limit). chunk: prompt tokens per prefill step. snapshots: states kept for prefix reuse.
         """
         c = self.config = config
         o = Options.of(c, dtype, quant, context, chunk, snapshots)
@@ -135,12 +137,14 @@ class Nemotron(LanguageModel):
                 f"tokenizer.json has {tokenizer.vocab_size} tokens and config.json a vocab_size of {c.vocab_size}; "
                 "the files do not belong together"
             )
-        _check_memory(o.bytes(c), quant)
-        arena = Arena()
+        if source is not None:
+            _check_memory(o.bytes(c, device), quant, device)
+        arena = Arena(device, dry=source is None)
         with strict_dispatch(strict):
-            self.weights = w = load_weights(c, source, arena, o.dtype, quant, progress)
+            self.weights = w = load_weights(c, source or Shapes(c), arena, o.dtype, quant, progress)
         moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
-        made = o.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
+        with on(device):  # workspaces differ
+            made = o.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
         self._ssm, self._conv, self._state, self._kv = made.ssm, made.conv, made.state, made.kv
         super().__init__(
             name, arena, made.io, [*made.conv.values(), *made.state.values()], vocab_size=c.vocab_size,
@@ -153,17 +157,22 @@ class Nemotron(LanguageModel):
                 f"skipped {len(w.skipped)} tensors (multi-token prediction): {', '.join(w.skipped[:4])}{more}"
             )
         arena.seal()
-        with strict_dispatch(strict):
+        with strict_dispatch(strict), on(device):
             self._capture(made.buffers, made.last, o.score_chunk)
+
+    @classmethod
+    def sketch(cls, config: dict, **options: object) -> Nemotron:
+        """The model of a config.json without memory: every buffer is laid out and every plan recorded, none can run."""
+        return cls(NemotronConfig.from_json(config), None, progress=False, **options)  # type: ignore[arg-type]
 
     @staticmethod
     def plan(
-        config: dict, *, dtype: object = "auto", quant: str | None = None, context: int | None = None,
-        chunk: int = DEFAULT_CHUNK, snapshots: int = DEFAULT_SNAPSHOTS,
+        config: dict, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+        context: int | None = None, chunk: int = DEFAULT_CHUNK, snapshots: int = DEFAULT_SNAPSHOTS,
     ) -> dict[str, int]:  # fmt: skip
         """Bytes by part that a load would take, from config.json alone and by the code that allocates."""
         c = NemotronConfig.from_json(config)
-        return Options.of(c, dtype, quant, context, chunk, snapshots).bytes(c)
+        return Options.of(c, dtype, quant, context, chunk, snapshots).bytes(c, device)
 
     # ------------------------------------------------------------------------------------------ the step
     def _capture(self, buffers: Buffers, last: Tensor, score_chunk: int) -> None:
@@ -211,13 +220,13 @@ class Nemotron(LanguageModel):
 
     def _mamba(self, i: int, w: Mamba, b: Buffers, rows: Tensor | None) -> None:
         c, s = self.config, self._ssm
-        assert b.proj is not None and b.u is not None
+        assert b.proj is not None and b.u is not None and b.ticket is not None
         di = c.mamba_inner
         z, xbc, dt = b.proj.columns(0, di), b.proj.columns(di, s.channels), b.proj.columns(di + s.channels, s.heads)
         y = b.y.columns(0, di)
         gemm(b.x, w.in_proj, b.proj, norm=w.norm, bias=w.in_bias, **self._at(b, rows, f"{i}.in_proj"))
         ssm(s, xbc, dt, y, conv_w=w.conv_w, conv_b=w.conv_b, conv_state=self._conv[i], a=w.a, d_skip=w.d_skip,
-            dt_bias=w.dt_bias, state=self._state[i], u=b.u, dt_limit=c.time_step_limit, rows=rows,
+            dt_bias=w.dt_bias, state=self._state[i], u=b.u, ticket=b.ticket, dt_limit=c.time_step_limit, rows=rows,
             label=f"{i}.ssm")  # fmt: skip
         gemm(y, w.out_proj, b.x, norm=w.gated_norm, gate=z, norm_group=di // c.n_groups, bias=w.out_bias,
              residual=b.x, **self._at(b, rows, f"{i}.out_proj"))  # fmt: skip
@@ -313,21 +322,15 @@ class Options:
             arena.alloc("last_row", (1, c.hidden_size)),
         )
 
-    def bytes(self, c: NemotronConfig) -> dict[str, int]:
+    def bytes(self, c: NemotronConfig, device: str = "cpu") -> dict[str, int]:
         """By part; nothing is taken."""
-        arena, recipe = Arena(dry=True), Recipe(c, self.dtype, self.quant)
-        up = shared = None
-        if "E" in c.pattern:
-            width = c.hidden_size
-            up = PackedMatrix.empty(arena, "up", c.moe_intermediate_size, width, recipe.format("experts", width))
-            if c.shared_width:
-                shared = PackedMatrix.empty(
-                    arena, "shared", c.shared_width, width, recipe.format("shared expert", width)
-                )
-        arena.buffers.clear()
-        made = self.allocate(c, arena, up, shared)
+        arena = Arena(device, dry=True)
+        w = load_weights(c, Shapes(c), arena, self.dtype, self.quant, progress=False)
+        moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
+        with on(device):
+            made = self.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
         PrefixCache(arena, [*made.conv.values(), *made.state.values()], self.snapshots)
-        return arena.summary() | {"weights": weight_bytes(c, recipe)}
+        return arena.summary()
 
 
 def _has_template(folder: Path) -> bool:
@@ -338,8 +341,8 @@ def _has_template(folder: Path) -> bool:
     return path.exists() and b'"chat_template"' in path.read_bytes()
 
 
-def _check_memory(parts: dict[str, int], quant: str | None) -> None:
-    have, need = available_bytes(), sum(parts.values())
+def _check_memory(parts: dict[str, int], quant: str | None, device: str) -> None:
+    have, need = available_bytes(device), sum(parts.values())
     if need > have:
         largest = max(parts, key=lambda k: parts[k])
         advice = "load with quant='int4'" if largest == "weights" and quant != "int4" else "lower context= or chunk="

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from engine.errors import CheckpointError, DispatchError, InputError
 from engine.io.checkpoint import MappedSource, Source, Stack, bf16_to_f32, check_finite, expect, f32_to_bf16
 from engine.io.mapped import Rule
+from engine.io.tensors import TensorInfo
 from engine.models.nemotron.config import NemotronConfig
 from engine.ops.dispatch import is_strict
 from engine.ops.gemm import PackedMatrix, group_for
@@ -177,24 +179,27 @@ class Recipe:
         return chosen
 
 
-def weight_bytes(c: NemotronConfig, recipe: Recipe) -> int:
-    """Bytes of the packed weights, panel padding left out."""
-    bits = {"f32": 32.0, "bf16": 16.0, "i8": 8.25, "i4": 4.25}
-    roles = {"M": "mamba", "*": "attention", "E": "experts", "-": "mlp"}
-    total = 0.0
-    if c.tie_word_embeddings:  # the table is packed once more as the head
-        total += c.vocab_size * c.hidden_size * bits[recipe.format("lm_head", c.hidden_size)] / 8
-    for name, shape in tensor_shapes(c).items():
-        size = float(np.prod(shape))
-        if name == "embeddings.weight":
-            total += size * (4 if recipe.dtype == "f32" and recipe.quant is None else 2)
-        elif len(shape) != 2 or ".gate." in name:
-            total += size * 4
-        else:
-            layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-            role = "lm_head" if layer < 0 else roles[c.pattern[layer]]
-            total += size * bits[recipe.format(role, shape[1], layer)] / 8
-    return int(total)
+class Shapes:
+    """The tensors of a config without their contents: what a dry arena needs to lay out a model."""
+
+    def __init__(self, c: NemotronConfig) -> None:
+        self._shapes = tensor_shapes(c)
+
+    def keys(self) -> list[str]:
+        return list(self._shapes)
+
+    def info(self, name: str) -> TensorInfo:
+        shape = self._shapes[name]
+        return TensorInfo(name, "BF16", shape, 2 * math.prod(shape))
+
+    def read(self, name: str) -> np.ndarray:
+        raise CheckpointError(f"tensor {name!r} has a shape and no contents: the model is a sketch")
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Loader:
@@ -209,6 +214,8 @@ class Loader:
 
     def vector(self, name: str, shape: tuple[int, ...] | None = None, fn=None) -> Tensor:
         info = self.source.info(name)
+        if self.arena.dry:
+            return self.arena.alloc(name, shape or info.shape, "f32", "weights")
         raw = self.source.read(name)
         value = bf16_to_f32(raw) if info.dtype == "BF16" else np.asarray(raw, np.float32)
         check_finite(name, value)
@@ -218,7 +225,7 @@ class Loader:
             check_finite(name, value)
         value = value.reshape(shape or value.shape)
         out = self.arena.alloc(name, value.shape, "f32", "weights")
-        out.numpy()[...] = value
+        out.write(value)
         return out
 
     def optional(self, name: str, wanted: bool) -> Tensor | None:
@@ -228,12 +235,14 @@ class Loader:
         """Several bias vectors as one buffer."""
         if not wanted:
             return None
+        if self.arena.dry:
+            return self.arena.alloc(name, (sum(self.source.info(n).shape[0] for n in names),), "f32", "weights")
         parts = [self.source.read(n) for n in names]
         parts = [bf16_to_f32(p) if p.dtype == np.uint16 else np.asarray(p, np.float32) for p in parts]
         value = np.concatenate(parts)
         check_finite(name, value)
         out = self.arena.alloc(name, value.shape, "f32", "weights")
-        out.numpy()[...] = value
+        out.write(value)
         return out
 
     def matrix(self, name: str, names: list[str], format: str, count: int = 1) -> PackedMatrix:
@@ -241,6 +250,8 @@ class Loader:
         infos = [self.source.info(n) for n in names]
         rows = sum(i.shape[0] for i in infos) // count
         out = PackedMatrix.empty(self.arena, name, rows, infos[0].shape[1], format, count)
+        if self.arena.dry:
+            return out
         row = 0
         for e, (n, info) in enumerate(zip(names, infos)):
             if info.dtype not in ("F32", "BF16", "F16"):
@@ -322,17 +333,20 @@ class Loader:
 
     def embedding(self) -> Tensor:
         name, dtype = "embeddings.weight", "f32" if self.recipe.dtype == "f32" and not self.recipe.quant else "bf16"
-        info, raw = self.source.info(name), self.source.read(name)
+        info = self.source.info(name)
         out = self.arena.alloc(name, info.shape, dtype, "weights")
-        view = out.numpy()
+        if self.arena.dry:
+            return out
+        raw = self.source.read(name)
         for r in range(0, info.shape[0], 4096):  # in pieces: the table may be larger than what is free
             rows = raw[r : r + 4096]
             check_finite(name, rows, info.dtype)
             if info.dtype == "BF16":
-                view[r : r + 4096] = rows if dtype == "bf16" else bf16_to_f32(rows)
+                value = rows if dtype == "bf16" else bf16_to_f32(rows)
             else:
                 f32 = np.ascontiguousarray(rows, np.float32)
-                view[r : r + 4096] = f32 if dtype == "f32" else f32_to_bf16(f32)
+                value = f32 if dtype == "f32" else f32_to_bf16(f32)
+            out.slice(r * info.shape[1], value.shape).write(value)
         return out
 
     def load(self) -> Weights:

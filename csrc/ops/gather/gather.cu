@@ -1,0 +1,57 @@
+// gather: rows of a table by ids in memory
+// layout   table row-major f32 or bf16; out f32
+// mapping  one block per row; 16 bytes per thread and turn where the row allows it
+// moves    each row once each way
+// tried    -
+#include "ops/gather/gather.h"
+
+#include "base/dtype.h"
+#include "base/ptx.cuh"
+
+namespace engine::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
+  release_next();
+  wait_for_previous();
+  const int64_t t = blockIdx.x;
+  const int64_t m = p.rows ? min(int64_t(*p.rows), p.m) : p.m;
+  if (t >= m) return;
+  const int64_t id = p.ids[t];
+  const bool known = id >= 0 && id < p.vocab;
+  float* out = p.out + t * p.ldo;
+  if (p.table_dtype == kF32) {
+    const float* row = static_cast<const float*>(p.table) + (known ? id : 0) * p.d;
+    const bool wide = ((reinterpret_cast<uintptr_t>(row) | reinterpret_cast<uintptr_t>(out)) & 15) == 0;
+    const int64_t fours = wide ? p.d / 4 : 0;
+    for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+      const float4 v = known ? reinterpret_cast<const float4*>(row)[i] : make_float4(0, 0, 0, 0);
+      reinterpret_cast<float4*>(out)[i] = v;
+    }
+    for (int64_t i = fours * 4 + threadIdx.x; i < p.d; i += kThreads) out[i] = known ? row[i] : 0.f;
+    return;
+  }
+  const uint16_t* row = static_cast<const uint16_t*>(p.table) + (known ? id : 0) * p.d;
+  const bool wide = ((reinterpret_cast<uintptr_t>(row) | reinterpret_cast<uintptr_t>(out)) & 15) == 0;
+  const int64_t eights = wide ? p.d / 8 : 0;
+  for (int64_t i = threadIdx.x; i < eights; i += kThreads) {
+    const uint4 v = known ? reinterpret_cast<const uint4*>(row)[i] : make_uint4(0, 0, 0, 0);
+    float4* to = reinterpret_cast<float4*>(out) + 2 * i;
+    to[0] = make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
+                        __uint_as_float(v.y & 0xffff0000u));
+    to[1] = make_float4(__uint_as_float(v.z << 16), __uint_as_float(v.z & 0xffff0000u), __uint_as_float(v.w << 16),
+                        __uint_as_float(v.w & 0xffff0000u));
+  }
+  for (int64_t i = eights * 8 + threadIdx.x; i < p.d; i += kThreads) out[i] = known ? bf16_to_f32(row[i]) : 0.f;
+}
+
+}  // namespace
+
+void gather(const GatherParams& p, void* stream) {
+  const Launch l = {unsigned(p.m), kThreads, 0, stream, true};
+  launch("gather", gather_kernel, l, p);
+}
+
+}  // namespace engine::cuda

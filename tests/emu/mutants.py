@@ -1,0 +1,520 @@
+"""Small wrong edits of kernels. Each must make a test of the emulator fail; a survivor needs a reason.
+
+`old` must occur exactly once in the file. Add one for every line whose loss a case should notice:
+bounds, barriers, masks, tails, rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str  # under csrc/
+    kernel: str
+    name: str
+    old: str
+    new: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.kernel}: {self.name}"
+
+
+RNG = "ops/rng/rng.cu"
+MUTANTS = [
+    Mutant(RNG, "rng", "no tail", "if (4 * c + j < p.n) out", "out"),
+    Mutant(RNG, "rng", "tail one short", "if (4 * c + j < p.n)", "if (4 * c + j < p.n - 1)"),
+    Mutant(RNG, "rng", "store crosses the end", "if (4 * c + 4 <= p.n)", "if (4 * c + 3 <= p.n)"),
+    Mutant(RNG, "rng", "last counter lost", "(p.n + 3) / 4, step", "p.n / 4, step"),
+    Mutant(RNG, "rng", "blocks overlap", "int64_t(blockIdx.x) * blockDim.x + threadIdx.x",
+           "int64_t(blockIdx.x) * (blockDim.x - 1) + threadIdx.x"),
+    Mutant(RNG, "rng", "offset dropped", "uint32_t(c), offset,", "uint32_t(c), 0,"),
+    Mutant(RNG, "rng", "stream dropped", "offset, uint32_t(p.stream)", "offset, 0"),
+    Mutant(RNG, "rng", "kinds swapped", "p.kind == 1 ?", "p.kind != 1 ?"),
+    Mutant(RNG, "rng", "second pair is the first", "(r.v[2], r.v[3], v + 2)", "(r.v[0], r.v[1], v + 2)"),
+    Mutant(RNG, "rng", "sine and cosine swapped", "&s, &c);", "&c, &s);"),
+    Mutant(RNG, "rng", "half dropped", "(double(a) + 0.5)", "(double(a) + 0.0)"),
+    Mutant(RNG, "rng", "fp32 logarithm", "sqrt(-2.0 * log(u))", "sqrtf(-2.0f * logf(float(u)))"),
+    Mutant(RNG, "rng", "too few blocks", "kMaxBlocks = 1024", "kMaxBlocks = 0"),
+    Mutant(RNG, "rng", "early read", "  wait_for_previous();", "  "),
+]  # fmt: skip
+
+GEMV, GEMM, MOE = "ops/gemm/gemv.cuh", "ops/gemm/gemm.cu", "ops/moe/moe.cu"
+MUTANTS += [
+    # the product that gemm, moe_up, moe_route and moe_down share
+    Mutant(
+        GEMV,
+        "gemm",
+        "scale of the wrong group",
+        "const int g = v * 8 >> d.shift;",
+        "const int g = v * 8 >> (d.shift + 1);",
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "scale of the neighbour group (8 bits)",
+        "const int g = v * 4 >> d.shift;",
+        "const int g = (v * 4 >> d.shift) ^ 1;",
+    ),
+    Mutant(GEMV, "gemm", "zero point dropped (4 bits)", "int32_t(x.z));", "0);"),
+    Mutant(GEMV, "gemm", "zero point of 127 (8 bits)", "uint32_t(-128 * sum)", "uint32_t(-127 * sum)"),
+    Mutant(GEMV, "gemm", "high nibbles lost", "(w[i] >> 4) & 0x0f0f0f0fu", "w[i] & 0x0f0f0f0fu"),
+    Mutant(
+        GEMV,
+        "gemm",
+        "second of a bf16 pair lost",
+        "acc[i] = fmaf(__uint_as_float(w[i] & 0xffff0000u), x.y, acc[i]);",
+        "",
+    ),
+    Mutant(
+        GEMV, "gemm", "last vector lost", "s + u < end && v < d.vectors && p", "s + u < end && v + 1 < d.vectors && p"
+    ),
+    Mutant(
+        GEMV, "gemm", "tail of K not masked", "s + u < end && v < d.vectors && p < count", "s + u < end && p < count"
+    ),
+    Mutant(GEMV, "gemm", "panels beyond the last not masked", "v < d.vectors && p < count ?", "v < d.vectors ?"),
+    Mutant(
+        GEMV,
+        "gemm",
+        "a warp's steps twice",
+        "for (int s = first * U; s < end; s += stride * U)",
+        "for (int s = first * U; s < end; s += (stride - 1) * U)",
+    ),
+    Mutant(GEMV, "gemm", "one lane left out of the sum", "v += __shfl_xor_sync(kFullWarp, v, 8);", ""),
+    Mutant(
+        GEMV,
+        "gemm",
+        "last warp left out",
+        "for (int a = 0; a < warps; ++a) v += sums[(a * R + r) * out",
+        "for (int a = 0; a + 1 < warps; ++a) v += sums[(a * R + r) * out",
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "rows beyond N written",
+        "      if (row >= w.n) continue;\n      float v = 0.f;\n      for (int a = 0; a < warps",
+        "      float v = 0.f;\n      for (int a = 0; a < warps",
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "sums read before they are there",
+        "i] = acc[r][p][i];\n    }\n    __syncthreads();",
+        "i] = acc[r][p][i];\n    }\n",
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "rows read before they are staged",
+        "stage<F>(s.x, row_bytes, n, d, row_of);\n  __syncthreads();",
+        "stage<F>(s.x, row_bytes, n, d, row_of);",
+    ),
+    Mutant(GEMV, "gemm", "codes rounded towards zero", "__float2int_rn(v[4 * i + j] * inv)", "int(v[4 * i + j] * inv)"),
+    Mutant(
+        GEMV,
+        "gemm",
+        "largest value of half a group",
+        "for (int o = 1; o < lanes; o <<= 1)",
+        "for (int o = 1; 2 * o < lanes; o <<= 1)",
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "epsilon dropped from the groups",
+        "sqrtf(s / float(width) + pro.eps)",
+        "sqrtf(s / float(width - 1) + pro.eps)",
+    ),
+    Mutant(
+        GEMV, "gemm", "norm over one value less", "sqrtf(s / float(k) + pro.eps)", "sqrtf(s / float(k - 1) + pro.eps)"
+    ),
+    Mutant(
+        GEMV,
+        "gemm",
+        "gate without its sigmoid",
+        "return z ? x[k] * silu(z[k]) : x[k];",
+        "return z ? x[k] * z[k] : x[k];",
+    ),
+    Mutant(
+        GEMM,
+        "gemm",
+        "rows of the next pass repeat",
+        "for (int r0 = 0; r0 < m; r0 += R) {",
+        "for (int r0 = 0; r0 < min(m, R); r0 += R) {",
+    ),
+    Mutant(GEMM, "gemm", "residual of the first row", "v += p.residual[t * p.ldr + row];", "v += p.residual[row];"),
+    Mutant(
+        GEMM,
+        "gemm",
+        "bias after the activation",
+        "      if (p.bias) v += p.bias[row];\n      v = activate(v, p.act) * p.scale;",
+        "      v = activate(v, p.act) * p.scale;\n      if (p.bias) v += p.bias[row];",
+    ),
+    Mutant(GEMM, "gemm", "early read", "  wait_for_previous();\n", ""),
+    # moe
+    Mutant(
+        MOE,
+        "moe_route",
+        "ties to the higher index",
+        "if (v > value || (v == value && i < index)) {",
+        "if (v > value || (v == value && i > index)) {",
+    ),
+    Mutant(
+        MOE,
+        "moe_route",
+        "bias in the weight",
+        "const float s = sigmoid(logits[at]);",
+        "const float s = sigmoid(logits[at]) + p.bias[at];",
+    ),
+    Mutant(MOE, "moe_route", "chosen twice", "      choice[at] = NAN;\n", ""),
+    Mutant(MOE, "moe_route", "group score of one expert", "score[g] = width > 1 ? a + b : a;", "score[g] = a;"),
+    Mutant(MOE, "moe_route", "groups not masked", "if (!is_nan(score[e / width])) choice[e] = -INFINITY;", ""),
+    Mutant(
+        MOE,
+        "moe_route",
+        "every block chooses",
+        "  if (!last_block(p.ticket, gridDim.x * gridDim.y, flag)) return;",
+        "  last_block(p.ticket, gridDim.x * gridDim.y, flag);",
+    ),
+    Mutant(MOE, "moe_route", "offsets shifted", "p.offsets[e] = count[e] = at;", "p.offsets[e] = count[e] = at + n;"),
+    Mutant(
+        MOE,
+        "moe_route",
+        "order before all ids are there",
+        "  if (p.m == 1) return;\n  __syncthreads();\n",
+        "  if (p.m == 1) return;\n",
+    ),
+    Mutant(MOE, "moe_route", "not renormalised", "p.norm_topk ? p.scale / (sum + 1e-20f) : p.scale", "p.scale"),
+    Mutant(
+        MOE,
+        "moe_up",
+        "the first expert's weights",
+        "const Panels w = {up.data + int64_t(run.expert) *",
+        "const Panels w = {up.data + int64_t(0) *",
+    ),
+    Mutant(
+        MOE,
+        "moe_up",
+        "run one pair too long",
+        "return {expert, slot, min(most, offsets[expert + 1] - slot)};",
+        "return {expert, slot, min(most, offsets[expert + 1] - slot + 1)};",
+    ),
+    Mutant(
+        MOE,
+        "moe_up",
+        "token of the pair",
+        "p.order[run.first + r] / top_k, r)",
+        "p.order[run.first + r] % (m * top_k) / (top_k + 1), r)",
+    ),
+    Mutant(MOE, "moe_up", "runs overlap", "if ((slot - first) % most) return {0, 0, 0};", ""),
+    Mutant(
+        MOE,
+        "moe_up",
+        "activation dropped",
+        "    p.h[int64_t(run.first + r) * p.inner + i] = activate(v, p.act);",
+        "    p.h[int64_t(run.first + r) * p.inner + i] = v;",
+    ),
+    Mutant(
+        MOE,
+        "moe_up",
+        "shared rows of one pass",
+        "p.hs[int64_t(r0 + r) * p.shared + i]",
+        "p.hs[int64_t(r) * p.shared + i]",
+    ),
+    Mutant(MOE, "moe_down", "weight dropped", "to[q * 16 + i] += weight[r] * v;", "to[q * 16 + i] += v;"),
+    Mutant(
+        MOE,
+        "moe_down",
+        "sums of the wrong token",
+        "float* to = sums + (warp * R + token[r]) * kOut + lane * 4;",
+        "float* to = sums + (warp * R + r) * kOut + lane * 4;",
+    ),
+    Mutant(
+        MOE,
+        "moe_down",
+        "shared expert lost",
+        "        shared_left = false;",
+        "        shared_left = false;\n        continue;",
+    ),
+    Mutant(
+        MOE,
+        "moe_down",
+        "rows read before they are staged",
+        "          return row;\n        });\n      __syncthreads();\n      while",
+        "          return row;\n        });\n      while",
+    ),
+    Mutant(MOE, "moe_down", "residual lost", "if (p.residual) v += p.residual[int64_t(t0 + r) * p.ldr + row];", ""),
+    Mutant(
+        MOE,
+        "moe_down",
+        "sums kept from the set before",
+        "sums[warp * R * kOut + i] = 0.f;",
+        "if (t0 == 0) sums[warp * R * kOut + i] = 0.f;",
+    ),
+    Mutant(MOE, "moe_down", "staged rows of another pair", "x + (begin - first) * row_bytes,", "x,"),
+    Mutant(
+        MOE,
+        "moe_down",
+        "staged rows replaced while they are read",
+        "      __syncthreads();  // the staged rows are read\n",
+        "",
+    ),
+]
+
+SSM = "ops/ssm/ssm.cu"
+MUTANTS += [
+    Mutant(SSM, "ssm", "channels read before they are there", "* p.a[head]);\n    __syncthreads();", "* p.a[head]);"),
+    Mutant(
+        SSM,
+        "ssm",
+        "sums read before they are there",
+        "sums[warp * kQuads + quad] = y;\n    __syncthreads();",
+        "sums[warp * kQuads + quad] = y;",
+    ),
+    Mutant(
+        SSM,
+        "ssm",
+        "conv state moved by every block",
+        "  if (!last_block(p.ticket + group, unsigned(per_group) * gridDim.y, flag)) return;",
+        "  last_block(p.ticket + group, unsigned(per_group) * gridDim.y, flag);",
+    ),
+    Mutant(SSM, "ssm", "conv state never moved", "  if (tid < width) move_on(p, channels, m, x0 + tid);\n", ""),
+    Mutant(
+        SSM,
+        "ssm",
+        "taps shifted",
+        "const int64_t i = t - past + j;",
+        "const int64_t i = t - past + j + (j < past ? 1 : 0);",
+    ),
+    Mutant(
+        SSM,
+        "ssm",
+        "P beyond the head",
+        "tid < width ? conv(p, channels, t, x0 + tid) : 0.f",
+        "conv(p, channels, t, x0 + tid)",
+    ),
+    Mutant(
+        SSM,
+        "ssm",
+        "B of the first group",
+        "(i < n_state ? group * n_state + i : gn + group * n_state + i - n_state));\n    if",
+        "(i < n_state ? i : gn + group * n_state + i - n_state));\n    if",
+    ),
+    Mutant(SSM, "ssm", "decay without the step size", "expf(dt * p.a[head])", "expf(p.a[head])"),
+    Mutant(SSM, "ssm", "skip dropped", "float v = p.d_skip[head] * x[tid];", "float v = 0.f;"),
+    Mutant(SSM, "ssm", "state not written", "  if (Held) store(row);\n", ""),
+    Mutant(SSM, "ssm", "softplus beyond 20 only", "raw > 20.f ? raw : log1pf(expf(raw))", "raw"),
+    Mutant(SSM, "ssm", "early read", "  wait_for_previous();\n", ""),
+]
+
+ATTENTION = "ops/attention/attention.cu"
+MUTANTS += [
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "future visible",
+        "s[nb][i] = position < limit[i >> 1] ?",
+        "s[nb][i] = position < to ?",
+    ),
+    Mutant(
+        ATTENTION, "attention.split bf16", "scale dropped", "s[nb][i] * p.scale : -INFINITY", "s[nb][i] : -INFINITY"
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "columns numbered straight",
+        "const int64_t position = at + 16 * (n / 4) + 4 * (n % 4) + nb;",
+        "const int64_t position = at + 8 * nb + n;",
+    ),
+    Mutant(ATTENTION, "attention.split bf16", "sums not rescaled", "acc[d][nb][i] *= by[i >> 1];", ""),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "largest of half a row",
+        "      best[h] = fmaxf(best[h], __shfl_xor_sync(kFullWarp, best[h], 2));\n".replace("      ", "        ", 1),
+        "",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "read before it is appended",
+        "    __syncthreads();  // appended and staged\n",
+        "",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "V beyond the context",
+        "if (panel < panels && position + 2 < length) b1",
+        "if (panel < panels) b1",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "other half of the last pair kept",
+        "if (at == end - 1 && !(at & 1)) pair[1] = 0;",
+        "",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split bf16",
+        "last warp left out of the total",
+        "total += by * st[1];",
+        "total += w + 1 < kWarps ? by * st[1] : 0.f;",
+    ),
+    Mutant(ATTENTION, "attention.split bf16", "tail of d", "d + 1 < p.d ? x[1] : 0.f", "x[1]"),
+    Mutant(ATTENTION, "attention.split f32", "future visible", "end = min(to, pos + t + 1);", "end = to;"),
+    Mutant(
+        ATTENTION,
+        "attention.split f32",
+        "read before it is appended",
+        "append(p, g, head, pos, max(from, pos), to, length);\n  __syncthreads();\n  float* s",
+        "append(p, g, head, pos, max(from, pos), to, length);\n  float* s",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split f32",
+        "scores replaced while they are read",
+        "    __syncthreads();  // scores and sums are read\n",
+        "",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split f32",
+        "head of the first group",
+        "h = head * g.group + row % g.group, end",
+        "h = row % g.group, end",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.split f32",
+        "last position lost",
+        "for (int64_t at = from; at < end; ++at) a =",
+        "for (int64_t at = from; at + 1 < end; ++at) a =",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.combine",
+        "weights of the splits dropped",
+        "const float by = most > -INFINITY ? expf(most - top) : 0.f;",
+        "const float by = most > -INFINITY ? 1.f : 0.f;",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.combine",
+        "last split lost",
+        "for (int s = 0; s < splits; ++s) v =",
+        "for (int s = 0; s + 1 < splits; ++s) v =",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.combine",
+        "splits beyond the context",
+        "const bool mine = int(threadIdx.x) < splits;",
+        "const bool mine = int(threadIdx.x) <= splits;",
+    ),
+    Mutant(
+        ATTENTION,
+        "attention.combine",
+        "total read before it is there",
+        "  if (lane == 0) work[kWarps + warp] = share;\n  __syncthreads();",
+        "  if (lane == 0) work[kWarps + warp] = share;",
+    ),
+    Mutant(ATTENTION, "attention.combine", "not divided by the total", "= v / total;", "= v;"),
+]
+
+SAMPLE = "ops/sample/sample.cu"
+MUTANTS += [
+    Mutant(SAMPLE, "sample.score", "penalty the wrong way", "l > 0.f ? l / penalty : l * penalty", "l / penalty"),
+    Mutant(SAMPLE, "sample.score", "temperature dropped", "    l *= inv_t;\n", ""),
+    Mutant(
+        SAMPLE,
+        "sample.score",
+        "every block finishes",
+        "  if (!last_block(p.ticket, gridDim.x, flag)) return;",
+        "  last_block(p.ticket, gridDim.x, flag);",
+    ),
+    Mutant(
+        SAMPLE, "sample.score", "threshold one bin low", "if (hist[b] >= want) break;", "if (hist[b] > want) break;"
+    ),
+    Mutant(SAMPLE, "sample.score", "min-p dropped", "if (min_p > 0.f) floor", "if (min_p > 2.f) floor"),
+    Mutant(
+        SAMPLE,
+        "sample.score",
+        "histogram read before it is full",
+        "static_cast<unsigned long long>(weight_of(l, top, by_mass)));\n    }\n    __syncthreads();",
+        "static_cast<unsigned long long>(weight_of(l, top, by_mass)));\n    }",
+    ),
+    Mutant(
+        SAMPLE,
+        "sample.score",
+        "last token of a chunk lost",
+        "end = min(first + kSampleChunk, p.vocab);\n  float value",
+        "end = min(first + kSampleChunk, p.vocab) - 1;\n  float value",
+    ),
+    Mutant(SAMPLE, "sample.score", "ties to the higher id", "(a == b && ia < ib)", "(a == b && ia > ib)"),
+    Mutant(
+        SAMPLE,
+        "sample.draw",
+        "threshold ignored",
+        "if (!(l >= h.threshold) || double(l) < reach) continue;",
+        "if (double(l) < reach) continue;",
+    ),
+    Mutant(
+        SAMPLE,
+        "sample.draw",
+        "same noise every step",
+        "const double u = uniform_of(seed, i, step);",
+        "const double u = uniform_of(seed, i, 0);",
+    ),
+    Mutant(SAMPLE, "sample.draw", "noise of the neighbour", "id & 2 ? high : low", "id & 2 ? low : high"),
+    Mutant(SAMPLE, "sample.draw", "short cut too eager", "< h.bound - 0.01) continue;", "< h.bound + 2.0) continue;"),
+    Mutant(
+        SAMPLE,
+        "sample.draw",
+        "last token of a chunk lost",
+        "end = min(first + kSampleChunk, p.vocab);\n  double score",
+        "end = min(first + kSampleChunk, p.vocab) - 1;\n  double score",
+    ),
+    Mutant(
+        SAMPLE,
+        "sample.draw",
+        "every block finishes",
+        "  if (!last_block(p.ticket + 1, gridDim.x, flag)) return;",
+        "  last_block(p.ticket + 1, gridDim.x, flag);",
+    ),
+]
+
+GATHER = "ops/gather/gather.cu"
+MUTANTS += [
+    Mutant(GATHER, "gather", "ids not bounded above", "id >= 0 && id < p.vocab", "id >= 0"),
+    Mutant(GATHER, "gather", "ids not bounded below", "id >= 0 && id < p.vocab", "id < p.vocab"),
+    Mutant(
+        GATHER,
+        "gather",
+        "tail lost",
+        "for (int64_t i = eights * 8 + threadIdx.x;",
+        "for (int64_t i = eights * 8 + kThreads + threadIdx.x;",
+    ),
+    Mutant(
+        GATHER,
+        "gather",
+        "tail of f32 lost",
+        "for (int64_t i = fours * 4 + threadIdx.x;",
+        "for (int64_t i = fours * 4 + kThreads + threadIdx.x;",
+    ),
+    Mutant(
+        GATHER,
+        "gather",
+        "halves of a pair swapped",
+        "to[0] = make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u)",
+        "to[0] = make_float4(__uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.x << 16)",
+    ),
+    Mutant(GATHER, "gather", "row of the first id", "const int64_t id = p.ids[t];", "const int64_t id = p.ids[0];"),
+]
+
+# Mutant.id: why no case can tell it from the original.
+SURVIVORS: dict[str, str] = {
+    "rng: half dropped": "changes a normal by one part in 2^33 unless its word is tiny, and no case draws a tiny one",
+    "rng: fp32 logarithm": "one fp32 rounding more, which the tolerance of the normals allows",
+}
