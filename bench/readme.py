@@ -13,22 +13,74 @@ from engine.ops.registry import ops, room
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+EVIDENCE = ROOT / "tests/evidence/records"
 
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(c) for c in cells) + " |"
 
 
+def evidence(name: str) -> dict[str, dict[str, Any]]:
+    """The records of a room by layer (tests/evidence); nothing where there is no record."""
+    path = EVIDENCE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _failed(result: dict[str, Any]) -> str:
+    n = sum(len(part["failures"]) for part in result.values())
+    return f", **{n} failed**" if n else ""
+
+
+def _interpreted(result: dict[str, Any]) -> str:
+    return f"{len(result)} runs{_failed(result)}"
+
+
+def _emulated(result: dict[str, Any]) -> str:
+    plain, failed = result["plain"], _failed(result)
+    return f"{plain['cases']} cases × {plain['schedules']} schedules, ASan + UBSan, races{failed}"
+
+
+def _mutants(result: dict[str, Any]) -> str:
+    killed = sum(m["killed"] for m in result.values())
+    explained = sum(not m["killed"] and "reason" in m for m in result.values())
+    return f"{killed} of {len(result)}" + (f" ({explained} explained)" if explained else "") + _failed(result)
+
+
+def _compiled(result: dict[str, Any]) -> str:
+    kinds = [f"{n} {c}" for c in ("cuda", "triton") if (n := max(part[c] for part in result.values()))]
+    return f"sm_{', '.join(result)} ({' + '.join(kinds)} kernels){_failed(result)}"
+
+
+def _ran(name: str) -> str:
+    """Device and date of the newest GPU result in which the op was green."""
+    data = newest("gpu")
+    rows = [r for r in data["rows"] if r["op"] == name]
+    if not rows:
+        return "not run"
+    red = sum(r["gate"] != "green" for r in rows)
+    return f"{data['device']['name']}, {data['date'][:10]}" + (f", **{red} of {len(rows)} red**" if red else "")
+
+
 def op_table() -> str:
-    """What each op has; an absence gives its reason."""
-    rows = [_row("op", "cases", "reference", "CPU (scalar, AVX2, AVX-512)", "CUDA", "Triton"), "|---" * 6 + "|"]
-    there = {"cuda": "compiled, not run on a device", "triton": "interpreted"}
+    """What each op has been shown to do, from the records; an absence gives its reason."""
+    head = ("op", "cases", "reference", "CPU (scalar, AVX2, AVX-512)", "Triton interpreted", "CUDA emulated",
+            "mutants killed", "compiled for", "ran on")  # fmt: skip
+    rows = [_row(*head), "|---" * len(head) + "|"]
+    cells = {"interpreted": _interpreted, "emulated": _emulated, "mutants": _mutants, "compiled": _compiled}
     for name, op in ops().items():
         state = {thing: s for thing, _, s in room(name, ROOT)}
-        cuda, triton = (there[k] if state[k] == "there" else state[k] for k in ("cuda", "triton"))
+        needs = {"interpreted": state["triton"], "emulated": state["cuda"], "mutants": state["cuda"]}
+        found = evidence(name)
+        shown = {}
+        for layer, cell in cells.items():
+            absent = needs.get(layer, "there")
+            shown[layer] = (
+                absent if absent != "there" else cell(found[layer]["result"]) if layer in found else "no record"
+            )
         tested = sum(c.kind != "real" for c in op.cases)
         cases = f"{tested} tested, {len(op.cases) - tested} real widths"
-        rows.append(_row(f"[{name}](csrc/ops/{name}/README.md)", cases, "fp64 torch", "tested", cuda, triton))
+        rows.append(_row(f"[{name}](csrc/ops/{name}/README.md)", cases, "fp64 torch", "tested", *shown.values(),
+                         _ran(name)))  # fmt: skip
     return "\n".join(rows)
 
 
@@ -76,6 +128,19 @@ def figure_table() -> str:
     return "\n".join(rows)
 
 
+def predicted_table() -> str:
+    """Of bench/predict.py; never beside a measurement."""
+    head = ("predicted, not measured", "step, ms", "tokens/s", "floor, ms", "predicted / floor", "largest kernels, µs")
+    rows = [_row(*head), "|---" * len(head) + "|"]
+    for p in json.loads((ROOT / "bench/predicted.json").read_text()):
+        largest = sorted(p["kernels"].items(), key=lambda item: -item[1]["us"])[:3]
+        words = ", ".join(f"{name} ×{k['launches']}: {k['us']:.0f}" for name, k in largest)
+        what = f"{p['card']}, {p['quant']}, {p['context']} tokens, {p['launches']} launches"
+        rows.append(_row(what, f"{p['ms']:.2f}", f"{1e3 / p['ms']:.0f}", f"{p['floor_ms']:.2f}",
+                         f"{p['ms'] / p['floor_ms']:.2f}", words))  # fmt: skip
+    return "\n".join(rows)
+
+
 def render(text: str, figures: bool = True) -> str:
     """README text with fresh tables between their markers."""
 
@@ -87,7 +152,7 @@ def render(text: str, figures: bool = True) -> str:
             flags=re.S,
         )
 
-    text = put(text, "ops", op_table())
+    text = put(put(text, "ops", op_table()), "predicted", predicted_table())
     return put(text, "figures", figure_table()) if figures else text
 
 

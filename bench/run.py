@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|model|plan|readme] ...: see --help. Without a verb: ops."""
+"""./run bench [ops|gemm|slice|full|model|plan|predict|gpu|readme] ...: see --help. Without a verb: ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ def main(argv: list[str] | None = None) -> None:
     model.add_argument("--problems", type=int, default=100)
     verbs.add_parser("plan", help="overhead of a replay per node")
     verbs.add_parser("readme", help="write the generated tables of README.md")
-    a = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["ops"])
+    verbs.add_parser("predict", help="predicted decode times of cards that are not here, see predict --help")
+    verbs.add_parser("gpu", help="on a machine with a GPU: every check and speed of every op, see gpu --help")
+    words = (sys.argv[1:] if argv is None else argv) or ["ops"]
+    if words[0] == "gpu":
+        from bench.gpu import main as run_gpu
+
+        sys.exit(run_gpu(words[1:]))
+    if words[0] == "predict":
+        from bench.predict import main as run_predict
+
+        return run_predict(words[1:])
+    a = parser.parse_args(words)
     if a.suite == "ops":
         from bench.ops import main as run
 

@@ -9,6 +9,7 @@
 #include <set>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "emu/observer.h"
 
@@ -192,6 +193,8 @@ class Watcher : public Observer {
   uintptr_t base_ = 0;
   Region image_;
   uint32_t launch_ = 0, serial_ = 0, first_block_ = 1, epoch_ = 0;
+  std::unordered_set<uintptr_t> sectors_;  // twice the sector, one more for a write: what block sectors_of_ has touched
+  uint32_t sectors_of_ = 0;
   unsigned block_ = 0, threads_ = 0;
   bool overlap_ = false;
   std::vector<uint32_t> clocks_;                             // [warp][lane][lane]: what a lane knows of the others
@@ -343,6 +346,10 @@ class Watcher : public Observer {
     Counts& c = counts.back();
     if (kind != Access::write) c.issued_read += bytes;
     if (kind != Access::read) c.issued_written += bytes;
+    if (sectors_of_ != serial_) sectors_.clear();
+    sectors_of_ = serial_;
+    for (uintptr_t s = a / 32; s <= (a + bytes - 1) / 32; ++s)
+      c.block_sectors += sectors_.insert(2 * s + (kind != Access::read)).second;
     if (kind == Access::atomic) {
       for (const Release& r : releases_[a])
         if (r.block != serial_) acquires_[r.block].push_back({r, t, epoch_, clock(t, t)});

@@ -27,8 +27,10 @@ struct Counts {
   uint64_t bytes_read = 0, bytes_written = 0;    // distinct global bytes
   uint64_t issued_read = 0, issued_written = 0;  // global bytes, repeats counted
   uint64_t requests = 0, sectors = 0;            // one per warp and instruction; distinct 32-byte sectors of each
-  uint64_t shared_requests = 0, conflicts = 0;   // conflicts: turns beyond the first
-  unsigned worst_conflict = 1;                   // turns that the worst shared request took
+  uint64_t block_sectors =
+      0;  // distinct sectors of each block, summed: what leaves an SM whose L1 holds a block's reads
+  uint64_t shared_requests = 0, conflicts = 0;                   // conflicts: turns beyond the first
+  unsigned worst_conflict = 1;                                   // turns that the worst shared request took
   std::map<std::string, std::pair<uint64_t, uint64_t>> regions;  // distinct bytes read and written of each
 };
 

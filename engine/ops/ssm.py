@@ -236,7 +236,16 @@ register(
         prepare=lambda c, a: _call(c, {k: v.copy() for k, v in a.items()}, np.zeros((c.t, c.h * c.p), np.float32)),
         torch_eager=_torch,
         tolerance={"f32": 1e-5},
-        bytes=lambda c: 4 * (2 * c.h * c.n * c.p + c.t * (3 * _shape(c).channels + c.h * c.p)),
+        # both states each way, the inputs, the conv weights, the output
+        bytes=lambda c: (
+            4
+            * (
+                2 * c.h * c.n * c.p
+                + _shape(c).channels * (2 * (c.k - 1) + c.k + 1 + c.t)
+                + c.h * (3 + c.t)
+                + c.t * c.h * c.p
+            )
+        ),
         flops=lambda c: c.t * (6 * c.h * c.n * c.p + 2 * c.k * _shape(c).channels),
     )
 )

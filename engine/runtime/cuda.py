@@ -128,14 +128,14 @@ class _Tape:
         return len(self._tape)
 
     def push_program(self, label: str, program: Program) -> None:
-        self._tape.push_program(label=label, **_launch(program, self._index))
+        self._tape.push_program(label=label, **launch_arguments(program, self._index))
 
 
-def _launch(program: Program, index: int) -> dict[str, Any]:
+def launch_arguments(program: Program, index: int) -> dict[str, Any]:
     """What the module needs to launch a program on a device."""
-    from engine.runtime.program import compile  # late: program.py imports the arena, which imports cuda
+    from engine.runtime.program import compile_program  # late: program.py imports the arena, which imports cuda
 
-    cubin = compile(program, _driver.cuda_capability(index))
+    cubin = compile_program(program, _driver.cuda_capability(index))
     return {"image": cubin.image, "name": cubin.name, "grid": program.grid, "threads": cubin.threads,
             "shared": cubin.shared, "params": program.params(), "offsets": program.offsets()}  # fmt: skip
 
@@ -179,6 +179,6 @@ def run_program(program: Program, device: str) -> None:
     """One Triton kernel, now."""
     index = ordinal(device)
     if _driver is _C:
-        _driver.cuda_run_program(**_launch(program, index), device=index)
+        _driver.cuda_run_program(**launch_arguments(program, index), device=index)
     else:
         _driver.cuda_run_program(program, index)

@@ -1,6 +1,6 @@
 """A Triton kernel with every argument bound: one node of a CUDA plan, compiled ahead of the capture.
 
-`compile` needs no driver and no GPU. `interpret` runs the same program on host memory, for tests.
+`compile_program` needs no driver and no GPU. `interpret` runs the same program on host memory, for tests.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def key(program: Program, sm: int) -> tuple:
     return program.kernel, types, _aligned(program), constants, program.warps, program.stages, program.fusion, sm
 
 
-def compile(program: Program, sm: int) -> Cubin:
+def compile_program(program: Program, sm: int) -> Cubin:
     """The program for compute capability sm (80, 90, ...). Kept in memory, and by Triton on disk."""
     known = _compiled.get(key(program, sm))
     if known is None:

@@ -104,6 +104,7 @@ inline void bind_emulator(py::module_& m) {
       d["issued_written"] = c.issued_written;
       d["requests"] = c.requests;
       d["sectors"] = c.sectors;
+      d["block_sectors"] = c.block_sectors;
       d["shared_requests"] = c.shared_requests;
       d["conflicts"] = c.conflicts;
       d["worst_conflict"] = c.worst_conflict;

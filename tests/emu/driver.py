@@ -162,7 +162,8 @@ def _span(t: Tensor) -> int:
 
 def _written(begin: int, size: int) -> bytes:
     """A byte per byte, 0 where a run of 16 is poison: less could be a number that happens to look like it."""
-    words = np.frombuffer((ctypes.c_uint8 * size).from_address(begin), np.uint8).view(np.uint16) != registry.POISON
+    raw: Any = (ctypes.c_uint8 * size).from_address(begin)
+    words = np.frombuffer(raw, np.uint8).view(np.uint16) != registry.POISON
     whole = np.pad(words, (0, -len(words) % 8)).reshape(-1, 8).any(1)
     return np.repeat(whole, 16)[:size].astype(np.uint8).tobytes()
 

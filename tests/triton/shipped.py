@@ -23,7 +23,7 @@ from engine.ops.moe import Routing, moe_down, moe_route, moe_up, moe_workspace
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime import cuda, device
 from engine.runtime.arena import DTYPES, Tensor
-from engine.runtime.program import Cubin, Program, compile, key
+from engine.runtime.program import Cubin, Program, compile_program, key
 
 SM = (80, 86, 89, 90, 100, 120)
 FORMATS = ("f32", "bf16", "i8", "i4")
@@ -225,7 +225,7 @@ def main() -> None:
         for sm in sms:
             start = time.perf_counter()
             try:
-                cubin = compile(p, sm)
+                cubin = compile_program(p, sm)
             except Exception as e:
                 print(f"{s.use:10} {p.kernel:18} {s.format:5} sm_{sm:<4} FAILED {str(e)[-600:]}")
                 continue

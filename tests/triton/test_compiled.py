@@ -12,7 +12,7 @@ from shipped import SHARED_LIMIT, SM, resources, shipped_programs
 from engine.errors import DispatchError
 from engine.runtime import cuda
 from engine.runtime.arena import Tensor
-from engine.runtime.program import Program, compile, interpret, key
+from engine.runtime.program import Program, compile_program, interpret, key
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -27,7 +27,7 @@ NAMES = [f"{s.use}-{s.program.kernel}-{s.format}" for s in PROGRAMS.values()]
 @pytest.mark.parametrize("shipped", PROGRAMS.values(), ids=NAMES)
 def test_program(shipped, sm):
     program = shipped.program
-    cubin = compile(program, sm)
+    cubin = compile_program(program, sm)
     assert cubin.image[:4] == b"\x7fELF" and cubin.threads == 32 * program.warps
     found = resources(cubin)
     assert found.spill == 0, f"{found.spill} bytes of local memory per thread: {found}"
@@ -43,16 +43,16 @@ def test_program(shipped, sm):
 
 def test_one_cubin_serves_all_layers():
     program = next(iter(PROGRAMS.values())).program
-    assert compile(program, 90) is compile(program, 90)
+    assert compile_program(program, 90) is compile_program(program, 90)
 
 
 def test_errors_name_the_program():
     with pytest.raises(DispatchError, match="no module 'nothing'"):
-        compile(Program("nothing.at_all", (1, 1, 1), {}), 90)
+        compile_program(Program("nothing.at_all", (1, 1, 1), {}), 90)
     with pytest.raises(DispatchError, match="TRITON_INTERPRET=1"):
         interpret(Program("gemm.rows", (1, 1, 1), {}))
     with pytest.raises(DispatchError, match=r"gemm.rows takes \['x'"):
-        compile(Program("gemm.rows", (1, 1, 1), {"n": 4}), 90)
+        compile_program(Program("gemm.rows", (1, 1, 1), {"n": 4}), 90)
 
 
 @pytest.mark.parametrize("act", range(5))
@@ -60,7 +60,7 @@ def test_every_activation_compiles(act):
     shipped = next(s for s in PROGRAMS.values() if s.program.kernel == "gemm.matmul" and s.format == "bf16")
     program = replace(shipped.program, constants={**shipped.program.constants, "ACT": act})
     for sm in (80, 90, 120):
-        assert resources(compile(program, sm)).spill == 0
+        assert resources(compile_program(program, sm)).spill == 0
 
 
 class Module:
@@ -99,7 +99,7 @@ def test_what_the_module_is_handed(monkeypatch):
         cuda.run_program(program, "cuda")
     pushed, run = module.calls
     assert pushed.pop("label") == "a label" and run.pop("device") == 0 and pushed == run
-    assert run["image"] == compile(program, 90).image and run["grid"] == program.grid
+    assert run["image"] == compile_program(program, 90).image and run["grid"] == program.grid
     values = [v for v in program.args.values() if v is not None]
     assert len(run["offsets"]) == len(values) + 2  # Triton's scratch pointers, null
     for at, value in zip(run["offsets"], values):

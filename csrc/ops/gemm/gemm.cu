@@ -1,7 +1,7 @@
 // gemm: rows of activations times packed panels, for few rows: prologue, product and epilogue in one kernel
 // layout   packed panels as on the CPU; activations staged in shared memory in the form of the weight format
-// mapping  256 threads per block; a block owns pairs of panels (32 output rows), its 8 warps split K; R = 1, 2, 4 or 8 rows
-//          of activations share each weight; more rows take more passes
+// mapping  256 threads per block; a block owns 1, 2 or 4 panels of 16 output rows, its 8 warps split K; R = 1, 2, 4 or 8
+//          rows of activations share each weight; more rows take more passes
 // moves    the weights once per R rows; x once per block (from L2); out once
 // tried    -
 #include "ops/gemm/gemm.h"
@@ -14,12 +14,12 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kMaxBlocks = 1024;
 
-template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(R))
+template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     gemm_kernel(GemmParams p, Panels w, Prologue pro, int64_t row_bytes, int turns) {
   constexpr int P = panels_per_turn(R);
   const int group0 = int(blockIdx.x) * turns;
   release_next();
-  prefetch_panels(w.at(group0 * P), w.bytes * P);
+  prefetch_panels(w, group0 * P, P);
   wait_for_previous();
   const int m = p.rows ? min(int(*p.rows), int(p.m)) : int(p.m);
   Shared s(shared_memory(), R, pro.groups, kWarps, P * 16);
@@ -34,7 +34,7 @@ template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_pe
               p.x + t * p.ldx, p.z ? p.z + t * p.ldz : nullptr, pro.w, s.inv + r * pro.groups, pro.norm_group, wide};
         },
         s);
-    project<F, R>(w, group0, turns, n, row_bytes, s, [&](int r, int row, float v) {
+    project<F, R, P>(w, group0, turns, n, row_bytes, s, [&](int r, int row, float v) {
       const int64_t t = r0 + r;
       if (p.bias) v += p.bias[row];
       v = activate(v, p.act) * p.scale;

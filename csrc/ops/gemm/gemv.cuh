@@ -19,9 +19,10 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr size_t kMostShared = 96 * 1024;  // what every shipped architecture grants to a block
 
 // What keeps the sums of R rows and the tiles in flight in registers.
-ENGINE_HD constexpr int panels_per_turn(int rows) { return rows >= 8 ? 1 : 2; }
+// Every block stages all activations, which for one row is worth four panels.
+ENGINE_HD constexpr int panels_per_turn(int rows) { return rows >= 8 ? 1 : rows >= 2 ? 2 : 4; }
 ENGINE_HD constexpr int steps_in_flight(int rows) { return rows >= 8 ? 1 : 2; }
-ENGINE_HD constexpr int blocks_per_sm(int rows) { return rows == 1 ? 4 : 2; }  // of 256 threads, at least
+constexpr int kBlocksPerSm = 2;  // of 256 threads, at least
 
 // ---------------------------------------------------------------------------------------------------- geometry of K
 struct Depth {
@@ -460,11 +461,11 @@ template <int R, int P> __device__ __forceinline__ void sum_lanes(float (&acc)[R
 
 // Every product of rows [0, n) with panels of `w`: turn t takes panels [P*(group0+t), +P). K is split over the warps and
 // their sums are added in order, so results do not depend on timing. put(r, row of w, value).
-template <int F, int R, class Put> __device__ __forceinline__ void project(const Panels& w, int group0, int groups,
-                                                                           int n, size_t row_bytes, Shared& s,
-                                                                           Put put) {
+template <int F, int R, int P, class Put> __device__ __forceinline__ void project(const Panels& w, int group0,
+                                                                                  int groups, int n, size_t row_bytes,
+                                                                                  Shared& s, Put put) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  constexpr int P = panels_per_turn(R), out = P * 16;
+  constexpr int out = P * 16;
   const int panels = (w.n + 15) / 16;
   for (int t = 0; t < groups; ++t) {
     const int panel = (group0 + t) * P;
@@ -494,14 +495,14 @@ template <int F, int R, class Put> __device__ __forceinline__ void project(const
   __syncthreads();  // the caller may stage other rows or leave the sums to another product
 }
 
-// Weights do not depend on the kernel before: where launches overlap, their first bytes are fetched while it ends.
-__device__ __forceinline__ void prefetch_panels(const uint8_t* from, int64_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  for (int64_t i = int64_t(threadIdx.x) * 128; i < bytes; i += int64_t(blockDim.x) * 128) prefetch_l2(from + i);
-#else
-  (void)from;
-  (void)bytes;
-#endif
+// Weights do not depend on the kernel before, nor on the prologue: what the warps read first is on its way to L2 while
+// activations are staged.
+constexpr int64_t kFetched = 8192;  // of each panel
+__device__ __forceinline__ void prefetch_panels(const Panels& w, int panel, int count) {
+  const int64_t bytes = w.bytes < kFetched ? w.bytes : kFetched;
+  const int lines = int((bytes + 127) / 128), here = min(count, (w.n + 15) / 16 - panel);
+  for (int i = threadIdx.x; i < here * lines; i += blockDim.x)
+    prefetch_l2(w.at(panel + i / lines) + int64_t(i % lines) * 128);
 }
 
 // ------------------------------------------------------------------------------------------------------ launching

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kDownWarps = 16;
+// Of the output per block: 512 threads keep enough in flight with two.
+ENGINE_HD constexpr int down_panels(int rows) { return rows >= 8 ? 1 : 2; }
 constexpr int kRouteParts = 4;         // of K: 8 panels alone would leave most of a device idle
 constexpr int kRouteSteps = 4;         // that a warp of the router has in flight
 constexpr size_t kStaged = 48 * 1024;  // activations that moe_down stages at a time
@@ -132,11 +134,11 @@ __device__ void sort_pairs(const MoeRouteParams& p, int pairs, int32_t* count) {
 }
 
 // parts > 1: sums of the parts of K lie in ws [parts][m][experts] until the last block adds them.
-template <int R> __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(R))
+template <int R> __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     moe_route_kernel(MoeRouteParams p, Panels gate, Prologue pro, int64_t row_bytes, int parts) {
   release_next();
   const int group = int(blockIdx.x), part = int(blockIdx.y);
-  prefetch_panels(gate.at(group), gate.bytes);
+  prefetch_panels(gate, group, 1);
   wait_for_previous();
   const int m = rows_of(p.rows, p.m), experts = int(p.experts);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -212,13 +214,13 @@ __device__ __forceinline__ Run run_at(int slot, int pairs, bool one, const int32
   return {expert, slot, min(most, offsets[expert + 1] - slot)};
 }
 
-template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_per_sm(R))
+template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     moe_up_kernel(MoeUpParams p, Panels up, Panels shared, Prologue pro, int64_t row_bytes, int shared_blocks,
                   int routed_blocks) {
   constexpr int P = panels_per_turn(R);
   release_next();
   const int block = int(blockIdx.x);
-  if (block < shared_blocks) prefetch_panels(shared.at(block * P), shared.bytes * P);
+  if (block < shared_blocks) prefetch_panels(shared, block * P, P);
   wait_for_previous();
   const int m = rows_of(p.rows, p.m), top_k = int(p.top_k);
   Shared s(shared_memory(), R, pro.groups, kWarps, P * 16);
@@ -230,7 +232,7 @@ template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_pe
     for (int r0 = 0; r0 < m; r0 += R) {
       const int n = min(R, m - r0);
       stage_rows<F>(pro, n, shared.d, row_bytes, [&](int r) { return row(r0 + r, r); }, s);
-      project<F, R>(shared, block, 1, n, row_bytes, s, [&](int r, int i, float v) {
+      project<F, R, P>(shared, block, 1, n, row_bytes, s, [&](int r, int i, float v) {
         if (p.shared_bias) v += p.shared_bias[i];
         p.hs[int64_t(r0 + r) * p.shared + i] = activate(v, p.act);
       });
@@ -243,7 +245,7 @@ template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_pe
   const Panels w = {up.data + int64_t(run.expert) * ((up.n + 15) / 16) * up.bytes, up.bytes, up.n, up.d};
   stage_rows<F>(
       pro, run.n, w.d, row_bytes, [&](int r) { return row(p.m == 1 ? 0 : p.order[run.first + r] / top_k, r); }, s);
-  project<F, R>(w, group, 1, run.n, row_bytes, s, [&](int r, int i, float v) {
+  project<F, R, P>(w, group, 1, run.n, row_bytes, s, [&](int r, int i, float v) {
     if (p.up_bias) v += p.up_bias[int64_t(run.expert) * p.inner + i];
     p.h[int64_t(run.first + r) * p.inner + i] = activate(v, p.act);
   });
@@ -255,10 +257,10 @@ template <int F, int R> __global__ void __launch_bounds__(kWarps * 32, blocks_pe
 template <int F, int R> __global__ void __launch_bounds__(kDownWarps * 32, 1)
     moe_down_kernel(MoeDownParams p, Panels down, Panels shared, int64_t row_bytes, int64_t shared_row_bytes,
                     int staged, int with_routed) {
-  constexpr int P = panels_per_turn(R), kOut = P * 16;
+  constexpr int P = down_panels(R), kOut = P * 16;
   release_next();
   const int group = int(blockIdx.x), panel = group * P;
-  if (p.shared_down) prefetch_panels(shared.at(panel), shared.bytes * P);
+  if (p.shared_down) prefetch_panels(shared, panel, P);
   wait_for_previous();
   const int m = rows_of(p.rows, p.m), top_k = int(p.top_k);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, panels = (down.n + 15) / 16;
@@ -441,10 +443,10 @@ template <int F> void launch_down(const MoeDownParams& p, bool routed, void* str
     const size_t most = kStaged > least ? kStaged : least;
     return all < most ? all : most;
   };
-  const auto bytes = [&](int rows) { return size_t(kDownWarps) * rows * panels_per_turn(rows) * 64 + staged(rows); };
+  const auto bytes = [&](int rows) { return size_t(kDownWarps) * rows * down_panels(rows) * 64 + staged(rows); };
   with_rows("moe_down", p.m, bytes, [&](auto rows) {
     constexpr int R = decltype(rows)::value;
-    constexpr int per = 16 * panels_per_turn(R);
+    constexpr int per = 16 * down_panels(R);
     const Launch l = {unsigned((p.d + per - 1) / per), kDownWarps * 32, bytes(R), stream, true};
     launch("moe_down", moe_down_kernel<F, R>, l, p, down, sh, int64_t(row_bytes), int64_t(shared_bytes), int(staged(R)),
            int(routed));
