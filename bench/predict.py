@@ -134,7 +134,7 @@ def launches(config: dict, quant: str | None, context: int) -> list[tuple[NodeIn
 
 
 def predict(config: dict, card: Card, quant: str | None, context: int) -> Prediction:
-    """Of one decoded token with `context` tokens in the cache."""
+    """Of one decoded token with `context` tokens in the cache, drawn greedily: filters take further passes."""
     c = NemotronConfig.from_json(config)
     kv_bytes = context * c.num_key_value_heads * c.head_dim * 2 * 2  # bf16 K and V of a layer
     golden, kernels = json.loads(GOLDEN.read_text()), []

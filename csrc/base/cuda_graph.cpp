@@ -185,6 +185,7 @@ void CudaTape::capture() {
 
 void CudaTape::launch() {
   capture();
+  open();  // the caller's thread may be on another device
   check(cudaGraphLaunch(exec_of(exec_), stream_of(stream_)), "cudaGraphLaunch");
 }
 

@@ -92,6 +92,8 @@ def sample(logits: Tensor, state: SamplerState, *, label: str = "sample") -> Non
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     logits = (3 * rng.standard_normal(c.v)).astype(np.float32)
     logits[list(c.dims.get("peaks", ()))] = 30
+    if c.dims.get("lost"):
+        logits[:] = -np.inf  # no finite logit: the id is -1
     return {
         "logits": logits,
         "seen": (rng.random(c.v) < 0.3).astype(np.uint8),
@@ -121,6 +123,8 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     logits, seen = torch.from_numpy(a["logits"]), torch.from_numpy(a["seen"])
     greedy = c.temp == 0
+    if not logits.isfinite().any():
+        return {"ids": np.full(c.draws, -1)}
     x = filtered_logits(
         logits,
         seen,
@@ -214,6 +218,10 @@ register(
                         (5000, {"temp": 0, "peaks": (4095,)}),
                         (4097, {"temp": 0, "peaks": (4096,)}),
                         (9000, {"temp": 0, "peaks": (8999, 4100, 77, 76)}),  # ties: the lowest id
+                        *(
+                            (v, {"temp": t, "k": k, "p": 0.9, "lost": 1, "draws": 2})
+                            for v, t, k in ((300, 0, 0), (300, 1.0, 0), (5000, 0.7, 40))
+                        ),
                     )
                 ),
             ),

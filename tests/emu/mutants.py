@@ -457,9 +457,10 @@ MUTANTS += [
         SAMPLE,
         "sample.draw",
         "threshold ignored",
-        "if (!(l >= h.threshold) || double(l) < reach) continue;",
-        "if (double(l) < reach) continue;",
+        "|| !(l >= h.threshold) || double(l) < reach) continue;",
+        "|| double(l) < reach) continue;",
     ),
+    Mutant(SAMPLE, "sample.draw", "a token without probability", "if (!(l > -INFINITY) || ", "if ("),
     Mutant(
         SAMPLE,
         "sample.draw",

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2) draw_kernel(SampleParams p) {
   int id = -1;
   for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
     const float l = p.work[i];
-    if (!(l >= h.threshold) || double(l) < reach) continue;
+    if (!(l > -INFINITY) || !(l >= h.threshold) || double(l) < reach) continue;
     const double u = uniform_of(seed, i, step);
     // Single precision is enough to see that most cannot win; near u = 1 it is not.
     if (u < 0.999 && double(l - logf(-logf(float(u)))) < h.bound - 0.01) continue;
