@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -184,7 +185,7 @@ def _torch(c: Case, a: Arrays):
     return draw
 
 
-_S = {"temp": 0.9, "k": 0, "p": 1.0, "minp": 0.0, "pen": 1.0, "draws": 8}
+_S: dict[str, Any] = {"temp": 0.9, "k": 0, "p": 1.0, "minp": 0.0, "pen": 1.0, "draws": 8}
 register(
     Op(
         name="sample",
@@ -218,10 +219,9 @@ register(
                         (5000, {"temp": 0, "peaks": (4095,)}),
                         (4097, {"temp": 0, "peaks": (4096,)}),
                         (9000, {"temp": 0, "peaks": (8999, 4100, 77, 76)}),  # ties: the lowest id
-                        *(
-                            (v, {"temp": t, "k": k, "p": 0.9, "lost": 1, "draws": 2})
-                            for v, t, k in ((300, 0, 0), (300, 1.0, 0), (5000, 0.7, 40))
-                        ),
+                        (300, {"temp": 0, "lost": 1, "draws": 2}),
+                        (300, {"p": 0.9, "lost": 1, "draws": 2}),
+                        (5000, {"k": 40, "p": 0.9, "lost": 1, "draws": 2}),
                     )
                 ),
             ),

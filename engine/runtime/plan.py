@@ -121,8 +121,8 @@ class Plan:
             for k, t in buffers.items():
                 t.write(saved[k])
 
-        if self.step is not None and self.device == "cpu":
-            with device.use_isa(self.isa):
+        if self.step is not None:
+            with device.on(self.device), device.use_isa(self.isa):
                 again = capture(self.step, self.name)
             if again.signature() != self.signature():
                 result.problems.append("a second capture binds other arguments")
