@@ -14,7 +14,7 @@ from engine.runtime import cuda
 from engine.runtime.arena import Tensor
 from engine.runtime.program import Program, compile_program, interpret, key
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.language")  # where triton is missing, this folder answers to its name
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
 
