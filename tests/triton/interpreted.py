@@ -27,26 +27,12 @@ ROWS = {"gemm": "m", "moe": "t", "ssm": "t", "attention": "t"}  # what a case ca
 VERBS = {"moe": ("moe_route", "moe_up", "moe_down")}
 
 
-class Interpreter:
+class Interpreter(cuda.Recorder):
     """The CUDA driver of engine.runtime.cuda over host memory."""
-
-    cuda = True
 
     def __init__(self) -> None:
         self.order = None  # how a grid is walked
         self.ran: set[str] = set()
-
-    def __getattr__(self, name: str):
-        return getattr(_C, name)
-
-    def cuda_ops(self) -> list[str]:
-        return [name for name, _ in _C.ops()]
-
-    def cuda_device_count(self) -> int:
-        return 1
-
-    def cuda_missing(self) -> str:
-        return ""
 
     def cuda_run(self, op: int, ordinal: int, values: dict) -> None:
         _C.run(op, device.isa(), values)

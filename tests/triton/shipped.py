@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import _C
 from engine.ops.attention import KVCache, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
 from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
@@ -30,25 +29,11 @@ FORMATS = ("f32", "bf16", "i8", "i4")
 SHARED_LIMIT = 99 << 10  # of a block on sm_86, sm_89 and sm_120
 
 
-class Recorder:
-    """A CUDA driver that runs nothing and keeps every program."""
-
-    cuda = True
+class Recorder(cuda.Recorder):
+    """Keeps every program of ops that are called outside a plan."""
 
     def __init__(self) -> None:
         self.programs: list[Program] = []
-
-    def __getattr__(self, name: str):
-        return getattr(_C, name)
-
-    def cuda_ops(self) -> list[str]:
-        return [name for name, _ in _C.ops()]
-
-    def cuda_device_count(self) -> int:
-        return 1
-
-    def cuda_missing(self) -> str:
-        return ""
 
     def cuda_run(self, op: int, ordinal: int, values: dict) -> None:
         pass
