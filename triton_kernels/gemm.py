@@ -1,4 +1,4 @@
-"""gemm: out = act(prologue(x) @ W.T + bias) * scale + residual for many rows, W in the packed panels of csrc/ops/gemm.
+"""gemm: out = act(prologue(x) @ W.T + bias) * scale * gate + residual for many rows, W in the panels of csrc/ops/gemm.
 
 layout   activations row-major in ws: f32 | bf16 | int8 codes, then fp32 scales [K/group, M]; W as 32-bit words, word
          (kvec, row) of a panel at kvec * 16 + row, so 16 rows of one kvec are one 64-byte run; a word is 1 f32, 2 bf16,
@@ -70,36 +70,62 @@ def group_norms(x, z, rstd, rows, m, ldx, ldz, eps, NORM_GROUP: tl.constexpr, BL
 
 @triton.jit
 def rows(
-    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps,
+    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps, norm_bias, mod, mod_rows, ldmod,
     K: tl.constexpr, LDA: tl.constexpr, PER: tl.constexpr, NORM: tl.constexpr, NORM_GROUP: tl.constexpr,
+    PRO_ACT: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [M, LDA] in FORMAT (scales [K/GROUP, M] when quantised) from x [M, K]. Grid (M); PER rows per live one.
 
-    NORM 0: as it is; 1: RMS norm; 2: x * silu(z), times rstd of its norm group. K padding of LDA is written as zero.
+    NORM 0: as it is; 1: RMS norm; 2: x * silu(z), times rstd of its norm group; 3: layer norm; 4: act(x) * z. 1 and 3
+    are followed by norm and norm_bias, then by scale and shift at columns SCALE and SHIFT (-1: none) of row
+    mod_rows[m] of mod. K padding of LDA is written as zero.
     """
     row = tl.program_id(0)
     if row >= live_rows(live, m // PER) * PER:
         return
     x += row.to(tl.int64) * ldx
     factor = 1.0
-    if NORM == 1:
+    mean = 0.0
+    if NORM == 3:
+        total = tl.zeros([BLOCK], tl.float32)
+        for k0 in range(0, K, BLOCK):
+            k = k0 + tl.arange(0, BLOCK)
+            total += tl.load(x + k, mask=k < K, other=0.0)
+        mean = tl.sum(total) / K
+    if NORM == 1 or NORM == 3:
         total = tl.zeros([BLOCK], tl.float32)
         for k0 in range(0, K, BLOCK):
             k = k0 + tl.arange(0, BLOCK)
             v = tl.load(x + k, mask=k < K, other=0.0)
+            if NORM == 3:
+                v = tl.where(k < K, v - mean, 0.0)
             total += v * v
         factor = 1.0 / tl.sqrt(tl.sum(total) / K + eps)
+    if mod is not None and mod_rows is not None:
+        mod += tl.load(mod_rows + row).to(tl.int64) * ldmod
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         v = tl.load(x + k, mask=k < K, other=0.0)
         if NORM == 2:
             v *= silu(tl.load(z + row.to(tl.int64) * ldz + k, mask=k < K, other=0.0))
             v *= tl.load(rstd + row * (K // NORM_GROUP) + k // NORM_GROUP, mask=k < K, other=0.0)
-        if NORM == 1:
+        if NORM == 3:
+            v -= mean
+        if NORM == 1 or NORM == 3:
             v *= factor
-        if NORM != 0:
+        if NORM == 4:
+            v = activate(v, PRO_ACT) * tl.load(z + row.to(tl.int64) * ldz + k, mask=k < K, other=0.0)
+        if norm is not None:
             v *= tl.load(norm + k, mask=k < K, other=0.0)
+        if norm_bias is not None:
+            v += tl.load(norm_bias + k, mask=k < K, other=0.0)
+        if mod is not None and SCALE >= 0:
+            v *= 1.0 + tl.load(mod + SCALE + k, mask=k < K, other=0.0).to(tl.float32)
+        if mod is not None and SHIFT >= 0:
+            v += tl.load(mod + SHIFT + k, mask=k < K, other=0.0).to(tl.float32)
+        if NORM == 3:  # the padding holds what a mean left there
+            v = tl.where(k < K, v, 0.0)
         at = row.to(tl.int64) * LDA + k
         if FORMAT == F32:
             tl.store(out.to(tl.pointer_type(tl.float32)) + at, v, mask=k < LDA)
@@ -232,11 +258,13 @@ def product(
 
 @triton.jit
 def matmul(
-    a, scales, w, out, residual, bias, live, m, ldo, ldr, scale,
+    a, scales, w, out, residual, bias, live, m, ldo, ldr, scale, mod, mod_rows, ldmod,
     N: tl.constexpr, K: tl.constexpr, LDA: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
-    GROUP: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = act(a @ W.T + bias) * scale + residual; a as `rows` leaves it. Grid (ceil(M/BM), ceil(N/BN))."""
+    """out = act(a @ W.T + bias) * scale * gate + residual; a as `rows` leaves it; gate at column GATE of row
+    mod_rows[m] of mod. Grid (ceil(M/BM), ceil(N/BN)).
+    """
     count = live_rows(live, m)
     m0 = tl.program_id(0) * BM
     if m0 >= count:
@@ -251,6 +279,12 @@ def matmul(
         v += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     v = activate(v, ACT) * scale
     inside = valid[:, None] & (n < N)[None, :]
+    if mod is not None:
+        if mod_rows is not None:
+            at = tl.load(mod_rows + row, mask=valid, other=0).to(tl.int64) * ldmod + GATE
+        else:
+            at = row.to(tl.int64) * 0 + GATE
+        v *= tl.load(mod + at[:, None] + n[None, :], mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         v += tl.load(residual + row.to(tl.int64)[:, None] * ldr + n[None, :], mask=inside, other=0.0)
     tl.store(out + row.to(tl.int64)[:, None] * ldo + n[None, :], v.to(out.dtype.element_ty), mask=inside)

@@ -13,7 +13,13 @@ enum WeightFormat : int32_t {
   kW_I4 = 3,    // u4 codes (zero point 8), fp16 scale per group, activations int8 per group
 };
 
-enum Prologue : int32_t { kProNone = 0, kProRmsNorm = 1, kProGatedGroupNorm = 2 };
+enum Prologue : int32_t {
+  kProNone = 0,
+  kProRmsNorm = 1,         // x * rsqrt(mean(x^2) + eps)
+  kProGatedGroupNorm = 2,  // x * silu(z), then rms over groups of channels
+  kProLayerNorm = 3,       // (x - mean) * rsqrt(var + eps)
+  kProGlu = 4,             // act(x) * z
+};
 
 enum Act : int32_t { kActNone = 0, kActRelu2 = 1, kActSilu = 2, kActGeluTanh = 3, kActGeluErf = 4 };
 

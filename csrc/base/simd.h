@@ -271,6 +271,33 @@ ENGINE_INLINE void store_i8(int8_t* p, F16 a) {
 
 #endif
 
+// The first n lanes, zero behind them; 0 < n <= 16.
+ENGINE_INLINE F16 first_lanes(F16 a, int64_t n) {
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  return {_mm512_maskz_mov_ps(mask_of(n), a.v)};
+#else
+  float t[16];
+  store(t, a);
+  return loadn(t, n);
+#endif
+}
+
+// Sixteen pairs of bf16: a in the low halves, b in the high ones.
+ENGINE_INLINE void store_bf16_pairs(void* p, F16 a, F16 b) {
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(a)), high = _mm512_cvtepu16_epi32(narrow_bf16(b));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  uint16_t low[16], high[16], *out = static_cast<uint16_t*>(p);
+  store_bf16(low, a);
+  store_bf16(high, b);
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = low[i];
+    out[2 * i + 1] = high[i];
+  }
+#endif
+}
+
 // exp(x): 2^n * p(r) with a degree-6 polynomial, relative error < 2e-7 on [-87, 88]; below -87 gives about 1e-38.
 ENGINE_INLINE F16 exp(F16 x) {
   x = min(max(x, set1(-87.f)), set1(88.f));
@@ -286,14 +313,22 @@ ENGINE_INLINE F16 exp(F16 x) {
   return mul(pow2i(n), add(fma(mul(r, r), p, r), set1(1.f)));
 }
 ENGINE_INLINE F16 neg(F16 a) { return sub(zero(), a); }
-ENGINE_INLINE F16 sigmoid(F16 x) { return div(set1(1.f), add(set1(1.f), exp(neg(x)))); }
-ENGINE_INLINE F16 silu(F16 x) { return div(x, add(set1(1.f), exp(neg(x)))); }
-ENGINE_INLINE F16 tanh(F16 x) { return sub(set1(1.f), div(set1(2.f), add(exp(add(x, x)), set1(1.f)))); }
+// 1 / x of a normal x, to an ulp or two: a division takes as long as the rest of an activation.
+ENGINE_INLINE F16 reciprocal(F16 x) {
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  const F16 r = {_mm512_rcp14_ps(x.v)};
+  return mul(r, sub(set1(2.f), mul(x, r)));
+#else
+  return div(set1(1.f), x);
+#endif
+}
+ENGINE_INLINE F16 sigmoid(F16 x) { return reciprocal(add(set1(1.f), exp(neg(x)))); }
+ENGINE_INLINE F16 silu(F16 x) { return mul(x, sigmoid(x)); }
+ENGINE_INLINE F16 tanh(F16 x) { return sub(set1(1.f), mul(set1(2.f), sigmoid(neg(add(x, x))))); }
 
-// erf by a rational Chebyshev fit through exp (Numerical Recipes, erfcc), relative error of erfc < 1.2e-7.
-ENGINE_INLINE F16 erf(F16 x) {
-  const F16 a = abs(x);
-  const F16 t = div(set1(1.f), fma(a, set1(0.5f), set1(1.f)));
+// erf(x), x >= 0, by a rational Chebyshev fit through exp (Numerical Recipes, erfcc), relative error of erfc < 1.2e-7.
+ENGINE_INLINE F16 erf_positive(F16 x) {
+  const F16 t = reciprocal(fma(x, set1(0.5f), set1(1.f)));
   F16 p = set1(0.17087277f);
   p = fma(p, t, set1(-0.82215223f));
   p = fma(p, t, set1(1.48851587f));
@@ -304,12 +339,7 @@ ENGINE_INLINE F16 erf(F16 x) {
   p = fma(p, t, set1(0.37409196f));
   p = fma(p, t, set1(1.00002368f));
   p = fma(p, t, set1(-1.26551223f));
-  const F16 r = sub(set1(1.f), mul(t, exp(sub(p, mul(a, a)))));
-  float s[16], v[16];  // sign by lane: rare path, keeps the vocabulary small
-  store(s, r);
-  store(v, x);
-  for (int i = 0; i < 16; ++i) s[i] = v[i] < 0 ? -s[i] : s[i];
-  return load(s);
+  return sub(set1(1.f), mul(t, exp(sub(p, mul(x, x)))));
 }
 
 ENGINE_INLINE F16 activate(F16 x, int32_t act) {
@@ -320,10 +350,13 @@ ENGINE_INLINE F16 activate(F16 x, int32_t act) {
     }
     case kActSilu: return silu(x);
     case kActGeluTanh: {
-      const F16 u = mul(set1(0.7978845608028654f), fma(mul(mul(x, x), x), set1(0.044715f), x));
-      return mul(mul(set1(0.5f), x), add(set1(1.f), tanh(u)));
+      // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
+      return mul(x, sigmoid(mul(x, fma(mul(x, x), set1(0.0713548162726f), set1(1.5957691216057308f)))));
     }
-    case kActGeluErf: return mul(mul(set1(0.5f), x), add(set1(1.f), erf(mul(x, set1(0.7071067811865476f)))));
+    case kActGeluErf: {  // x (1 + erf(x / sqrt 2)) / 2; erf is odd
+      const F16 a = abs(x);
+      return mul(set1(0.5f), fma(a, erf_positive(mul(a, set1(0.7071067811865476f))), x));
+    }
     default: return x;
   }
 }

@@ -1,25 +1,36 @@
 #include "ops/ops.h"
 
 #include "ops/attention/attention.h"
+#include "ops/channel_attention/channel_attention.h"
+#include "ops/conv/conv.h"
+#include "ops/flow/flow.h"
 #include "ops/gather/gather.h"
 #include "ops/gemm/gemm.h"
 #include "ops/moe/moe.h"
+#include "ops/norm/norm.h"
 #include "ops/rng/rng.h"
 #include "ops/sample/sample.h"
 #include "ops/ssm/ssm.h"
 
 // op, parameter struct, cpu_only | with_cuda
-#define ENGINE_OPS(X)                     \
+#define ENGINE_OPS(X) \
   X(attention, AttentionParams, with_cuda) \
-  X(gather, GatherParams, with_cuda)       \
-  X(gemm, GemmParams, with_cuda)           \
-  X(gemm_pack, GemmPackParams, cpu_only)  \
-  X(gemm_peak, GemmPeakParams, cpu_only)  \
-  X(moe_down, MoeDownParams, with_cuda)    \
-  X(moe_route, MoeRouteParams, with_cuda)  \
-  X(moe_up, MoeUpParams, with_cuda)        \
-  X(rng, RngParams, with_cuda)            \
-  X(sample, SampleParams, with_cuda)       \
+  X(channel_attention, ChannelAttentionParams, with_cuda) \
+  X(conv_depthwise, ConvDepthwiseParams, with_cuda) \
+  X(conv_patches, ConvPatchesParams, with_cuda) \
+  X(flow_begin, FlowBeginParams, with_cuda) \
+  X(flow_end, FlowEndParams, with_cuda) \
+  X(gather, GatherParams, with_cuda) \
+  X(gather_mean, GatherMeanParams, with_cuda) \
+  X(gemm, GemmParams, with_cuda) \
+  X(gemm_pack, GemmPackParams, cpu_only) \
+  X(gemm_peak, GemmPeakParams, cpu_only) \
+  X(moe_down, MoeDownParams, with_cuda) \
+  X(moe_route, MoeRouteParams, with_cuda) \
+  X(moe_up, MoeUpParams, with_cuda) \
+  X(norm, NormParams, with_cuda) \
+  X(rng, RngParams, with_cuda) \
+  X(sample, SampleParams, with_cuda) \
   X(ssm, SsmParams, with_cuda)
 
 namespace engine {

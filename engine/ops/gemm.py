@@ -1,4 +1,4 @@
-"""Packed GEMM: out = act(prologue(x) @ W.T + bias) * scale + residual, W packed once (csrc/ops/gemm)."""
+"""Packed GEMM: out = act(prologue(x) @ W.T + bias) * scale * gate + residual, W packed once (csrc/ops/gemm)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from engine.runtime.program import Program
 
 FORMATS = {"f32": 0, "bf16": 1, "i8": 2, "i4": 3}
 ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4}
+PROLOGUES = {"none": 0, "rms": 1, "gated": 2, "layer": 3, "glu": 4}
 SRC = {"f32": 0, "bf16": 1, "f16": 2}
 MAX_K = 65536  # rows are packed in per-thread scratch
 
@@ -97,6 +98,15 @@ class PackedMatrix:
             self.data.slice(at, (nbytes,)).write(panels.numpy())
         return bool(bad[0])
 
+    def part(self, row: int, n: int) -> PackedMatrix:
+        """Rows [row, row + n) as a matrix of their own, in the same memory; row is a multiple of 16."""
+        if self.count != 1 or row % 16 or not 0 <= row < row + n <= self.n or (n % 16 and row + n != self.n):
+            raise InputError(
+                f"rows [{row}, {row + n}) of a [{self.n}, {self.k}] matrix are not whole panels of 16 rows"
+            )
+        data = self.data.slice(row // 16 * self.panel_bytes, (math.ceil(n / 16) * self.panel_bytes,))
+        return PackedMatrix(n, self.k, self.format, self.group, 1, data)
+
     def fits(self, check: Check, name: str, n: int, k: int, count: int = 1) -> None:
         """InputError unless this is `count` matrices [n, k]."""
         got, want = [self.count, self.n, self.k], [count, n, k]
@@ -141,6 +151,34 @@ class PackedMatrix:
         return np.ascontiguousarray(w.reshape(panels * 16, k)[: self.n], dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """Scale, shift and gate of each row, looked up in a table (adaptive norms; Peebles and Xie, 2023, section 3.2).
+
+    table [R, W] f32 or bf16; row m of a product uses table row rows[m] (i32, in [0, R)), or row 0 without rows. scale,
+    shift, gate: the columns where each begins; None: there is none. A norm becomes norm(x) * (1 + scale) + shift, a
+    product (x @ W.T) * gate.
+    """
+
+    table: Tensor
+    rows: Tensor | None = None
+    scale: int | None = None
+    shift: int | None = None
+    gate: int | None = None
+
+    def fits(self, check: Check, m: int, n: int, k: int) -> None:
+        """InputError unless m rows of a product [n, k] find their parts."""
+        check.takes("modulation.table", self.table, (None, None), "f32|bf16", strided=True)
+        check.may_take("modulation.rows", self.rows, (m,), "i32")
+        for name, at, width in (("scale", self.scale, k), ("shift", self.shift, k), ("gate", self.gate, n)):
+            if at is not None and not 0 <= at <= self.table.shape[1] - width:
+                check.fail(f"modulation.{name} begins at column {at}; {width} do not fit {self.table.shape[1]} columns")
+
+    @property
+    def norms(self) -> bool:
+        return self.scale is not None or self.shift is not None
+
+
 def workspace_bytes(m: int, k: int) -> int:
     """Bytes of ws for any format and ISA: packed activations of m rows.
 
@@ -180,6 +218,15 @@ class Activations:
         return Activations(part(ws, at, "u8", size), scales, m, k, format, group, ld, size + _ceil(4 * groups * m, 64))
 
 
+def inferred(norm: Tensor | None, gate: Tensor | None) -> str:
+    """The prologue that these arguments ask for where none is named."""
+    return "gated" if gate is not None else "rms" if norm is not None else "none"
+
+
+def _column(at: int | None) -> int:
+    return -1 if at is None else at
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b) * b
 
@@ -203,11 +250,17 @@ def row_programs(
     norm_group: int = 0,
     eps: float = 0.0,
     rstd: Tensor | None = None,
+    prologue: str | None = None,
+    norm_bias: Tensor | None = None,
+    modulation: Modulation | None = None,
+    pro_act: str = "none",
 ) -> list[Program]:
     """Norm and rounding of activations. rstd [m, k/norm_group]: scratch of the gated norm; per: rows per live row."""
     out = []
     m, k = to.m, to.k
-    if gate is not None:
+    prologue = prologue or inferred(norm, gate)
+    mod = modulation if modulation is not None and modulation.norms else None
+    if prologue == "gated" and gate is not None:
         block = min(1024, max(16, power_of_two(norm_group)))
         args = {"x": x, "z": gate, "rstd": rstd, "rows": rows, "m": m, "ldx": x.ld, "ldz": gate.ld, "eps": eps}
         constants = {"NORM_GROUP": norm_group, "BLOCK": block}
@@ -229,13 +282,20 @@ def row_programs(
                 "ldx": x.ld,
                 "ldz": gate.ld if gate else 0,
                 "eps": eps,
+                "norm_bias": norm_bias,
+                "mod": mod.table if mod else None,
+                "mod_rows": mod.rows if mod else None,
+                "ldmod": mod.table.ld if mod else 0,
             },
             {
                 "K": k,
                 "LDA": to.ld,
                 "PER": per,
-                "NORM": 0 if norm is None else 1 if gate is None else 2,
+                "NORM": PROLOGUES[prologue],
                 "NORM_GROUP": norm_group or k,
+                "PRO_ACT": ACTS[pro_act],
+                "SCALE": _column(mod.scale if mod else None),
+                "SHIFT": _column(mod.shift if mod else None),
                 "FORMAT": FORMATS[to.format],
                 "GROUP": to.group,
                 "BLOCK": block,
@@ -275,16 +335,19 @@ def matmul_program(
     act: str = "none",
     scale: float = 1.0,
     residual: Tensor | None = None,
+    modulation: Modulation | None = None,
 ) -> Program:
     blocks, warps, stages = tile(a.m, w.n, w.format)
     w.addressable()
+    mod = modulation if modulation is not None and modulation.gate is not None else None
     return Program(
         "gemm.matmul",
         (-(-a.m // blocks["BM"]), -(-w.n // blocks["BN"]), 1),
         {"a": a.codes, "scales": a.scales, "w": w.data, "out": out, "residual": residual, "bias": bias, "live": rows,
-         "m": a.m, "ldo": out.ld, "ldr": residual.ld if residual else 0, "scale": float(scale)},
+         "m": a.m, "ldo": out.ld, "ldr": residual.ld if residual else 0, "scale": float(scale),
+         "mod": mod.table if mod else None, "mod_rows": mod.rows if mod else None, "ldmod": mod.table.ld if mod else 0},
         {"N": w.n, "K": w.k, "LDA": a.ld, "PANEL": w.panel_bytes // 4, "FORMAT": FORMATS[w.format], "GROUP": w.group,
-         "ACT": ACTS[act], **blocks},
+         "ACT": ACTS[act], "GATE": _column(mod.gate if mod else None), **blocks},
         warps,
         stages,
     )  # fmt: skip
@@ -306,11 +369,19 @@ def gemm(
     rows: Tensor | None = None,
     ws: Tensor | None = None,
     label: str = "",
+    prologue: str | None = None,
+    norm_bias: Tensor | None = None,
+    pro_act: str = "none",
+    modulation: Modulation | None = None,
 ) -> None:
-    """out[m,:] = act(p(x)[m,:] @ w.T + bias) * scale + residual[m,:].
+    """out[m,:] = act(p(x)[m,:] @ w.T + bias) * scale * modulation.gate[m,:] + residual[m,:].
 
-    x [M,K] f32; out [M,N] f32 or bf16; bias [N], norm [K] f32. p is the identity; with `norm` an RMS norm over K;
-    with `norm` and `gate` [M,K]: v = x * silu(gate), then RMS norm over groups of `norm_group` channels.
+    x [M,K] f32; out [M,N] f32 or bf16; bias [N], norm [K] f32. p, by `prologue`:
+        None     the identity; 'rms' where norm is given; 'gated' where gate is given too
+        'rms'    RMS norm over K, * norm (if given), + norm_bias (if given), then the scale and shift of modulation
+        'layer'  the same behind a layer norm (biased variance)
+        'gated'  v = x * silu(gate [M,K]), then RMS norm over groups of `norm_group` channels, * norm
+        'glu'    pro_act(x) * gate
     rows (i32 [1]), read at run time, replaces M. ws: workspace_bytes(M, K).
     """
     check, k = Check("gemm", label), w.k
@@ -325,29 +396,48 @@ def gemm(
     check.may_take("rows", rows, (1,), "i32")
     check.apart("out", out, x=x, gate=gate)
     check.one_of("act", act, ACTS)
-    if gate is not None and (norm is None or norm_group < 1 or k % norm_group):
+    kind = inferred(norm, gate) if prologue is None else prologue
+    check.one_of("prologue", kind, PROLOGUES)
+    check.one_of("pro_act", pro_act, ACTS)
+    check.may_take("norm_bias", norm_bias, (k,))
+    if kind == "gated" and (norm is None or gate is None or norm_group < 1 or k % norm_group):
         check.fail(f"a gated prologue needs norm and a norm_group that divides {k}, not {norm_group}")
+    if kind == "glu" and gate is None:
+        check.fail("prologue 'glu' needs gate")
+    if kind not in ("rms", "layer") and (norm_bias is not None or (modulation is not None and modulation.norms)):
+        check.fail(f"norm_bias and the scale and shift of a modulation need prologue 'rms' or 'layer', not {kind!r}")
+    if modulation is not None:
+        modulation.fits(check, m, w.n, k)
     if ws is not None:
         check.room(ws, workspace_bytes(m, k))
     elif m * k * 8 > 65536:
         check.fail(f"M*K = {m * k} needs ws of workspace_bytes(M, K)")
-    prologue = 0 if norm is None else 1 if gate is None else 2
+    # The C++ kernel of few rows knows the prologues of decoding; the others run as programs for any number of rows.
+    decodes = kind in ("none", "gated") or (kind == "rms" and norm is not None)
+    plain = decodes and norm_bias is None and modulation is None
 
     def programs() -> list[Program]:
         if ws is None:
             check.fail(f"{m} rows on a CUDA device need ws of workspace_bytes(M, K)")
         a = Activations.place(ws, 0, m, k, w.format, w.group)
-        rstd = part(ws, a.nbytes, "f32", m, k // norm_group) if gate is not None else None
-        pre = row_programs(x, a, rows=rows, norm=norm, gate=gate, norm_group=norm_group, eps=eps, rstd=rstd)
-        return [*pre, matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual)]
+        rstd = part(ws, a.nbytes, "f32", m, k // norm_group) if kind == "gated" else None
+        pre = row_programs(x, a, rows=rows, norm=norm, gate=gate, norm_group=norm_group, eps=eps, rstd=rstd,
+                           prologue=kind, norm_bias=norm_bias, modulation=modulation, pro_act=pro_act)  # fmt: skip
+        return [*pre, matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual,
+                                     modulation=modulation)]  # fmt: skip
 
-    call("gemm", label, nbytes=w.matrix_bytes, programs=programs if many_rows(m) else None,
+    mod = modulation
+    call("gemm", label, nbytes=w.matrix_bytes, programs=programs if many_rows(m) or not plain else None,
          x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
          residual=residual, ldr=residual.ld if residual else 0,
          bias=bias, pro_w=norm, z=gate,
          ldz=gate.ld if gate else 0, ws=ws, rows=rows, m=m, n=w.n, k=k,
-         format=FORMATS[w.format], group=w.group, prologue=prologue, norm_group=norm_group, eps=eps, act=ACTS[act],
-         out_dtype=SRC[out.dtype], scale=scale)  # fmt: skip
+         format=FORMATS[w.format], group=w.group, prologue=PROLOGUES[kind], norm_group=norm_group, eps=eps,
+         act=ACTS[act], out_dtype=SRC[out.dtype], scale=scale, pro_b=norm_bias, pro_act=ACTS[pro_act],
+         mod=mod.table if mod else None, ldmod=mod.table.ld if mod else 0,
+         mod_dtype=SRC[mod.table.dtype] if mod else 0, mod_rows=mod.rows if mod else None,
+         mod_scale=_column(mod.scale if mod else None), mod_shift=_column(mod.shift if mod else None),
+         mod_gate=_column(mod.gate if mod else None))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -386,31 +476,68 @@ def rms_norm(x, w, eps: float, group: int = 0):
     return (g * (g.square().mean(-1, keepdim=True) + eps).rsqrt()).reshape(x.shape) * w
 
 
+def layer_norm(x, eps: float):
+    """(x - mean) * rsqrt(var + eps) over the last axis (torch)."""
+    return (x - x.mean(-1, keepdim=True)) * (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+
+
+TABLE_ROWS = 5  # of the modulation in cases
+
+
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     f = np.float32
     out = {"x": rng.standard_normal((c.m, c.k)).astype(f), "w": (rng.standard_normal((c.n, c.k)) / c.k**0.5).astype(f)}
     if c.dims.get("epilogue"):
         out |= {"bias": rng.standard_normal(c.n).astype(f), "residual": rng.standard_normal((c.m, c.n)).astype(f)}
-    if c.dims.get("prologue", "none") != "none":
+    kind = c.dims.get("prologue", "none")
+    if kind in ("rms", "gated", "layer"):
         out["norm"] = (1 + 0.1 * rng.standard_normal(c.k)).astype(f)
-    if c.dims.get("prologue") == "gated":
+    if kind in ("gated", "glu"):
         out["gate"] = rng.standard_normal((c.m, c.k)).astype(f)
+    if kind == "layer":
+        out["x"] += 3  # a mean worth subtracting
+        out["norm_bias"] = rng.standard_normal(c.k).astype(f)
+    if "mod" in c.dims:
+        out["mod"] = rng.standard_normal((TABLE_ROWS, 2 * c.k + c.n)).astype(f)
+        if c.mod == "bf16":
+            out["mod"] = (out["mod"].view(np.uint32) >> 16).astype(np.uint16)
+        out["mod_rows"] = rng.integers(0, TABLE_ROWS, c.m).astype(np.int32)
     return out
+
+
+def _modulation(c: Case, a: Arrays):
+    """(scale, shift, gate) of every row, fp64; scale and shift are absent behind no norm."""
+    import torch
+
+    table = a["mod"] if a["mod"].dtype == np.float32 else (a["mod"].astype(np.uint32) << 16).view(np.float32)
+    return torch.from_numpy(table).double()[torch.from_numpy(a["mod_rows"]).long()].split([c.k, c.k, c.n], -1)
 
 
 def _reference(c: Case, a: Arrays) -> Arrays:
     import torch
 
     w = torch.from_numpy(PackedMatrix.pack("w", a["w"], c.dtype).unpack()).double()
-    x = torch.from_numpy(a["x"]).double()
-    if "gate" in a:
-        x = x * torch.nn.functional.silu(torch.from_numpy(a["gate"]).double())
-    if "norm" in a:
-        x = rms_norm(x, torch.from_numpy(a["norm"]).double(), 1e-5, c.dims.get("norm_group", 0))
+    t = {k: torch.from_numpy(v).double() for k, v in a.items() if v.dtype == np.float32}
+    x, kind = t["x"], c.dims.get("prologue", "none")
+    if kind == "glu":
+        x = activate(x, c.act) * t["gate"]
+    elif kind == "gated":
+        x = x * torch.nn.functional.silu(t["gate"])
+    if kind == "layer":
+        x = layer_norm(x, 1e-5) * t["norm"] + t["norm_bias"]
+    elif "norm" in a:
+        x = rms_norm(x, t["norm"], 1e-5, c.dims.get("norm_group", 0))
+    elif kind == "adaptive":
+        x = rms_norm(x, 1.0, 1e-5)
+    scale, shift, gate = _modulation(c, a) if "mod" in a else (None, None, None)
+    if scale is not None and kind in ("layer", "adaptive"):
+        x = x * (1 + scale) + shift
     y = quantised_activations(x, c.dtype, group_for(c.k) or 0) @ w.T
     if "bias" in a:
-        y = activate(y + torch.from_numpy(a["bias"]).double(), c.act) * 0.5 + torch.from_numpy(a["residual"]).double()
-    return {"out": y.numpy()}
+        y = activate(y + t["bias"], c.act) * 0.5
+    if gate is not None:
+        y = y * gate
+    return {"out": (y + t["residual"] if "residual" in a else y).numpy()}
 
 
 def _call(c: Case, a: Arrays, out: np.ndarray):
@@ -421,6 +548,14 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
     ws = arena.alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
     dst = as_tensor(out)
     extra = {"bias": t["bias"], "residual": t["residual"], "act": c.act, "scale": 0.5} if "bias" in t else {}
+    kind = c.dims.get("prologue", "none")
+    if kind in ("layer", "glu", "adaptive"):
+        extra |= {"prologue": "rms" if kind == "adaptive" else kind, "norm_bias": t.get("norm_bias")}
+    if kind == "glu":
+        extra |= {"pro_act": c.act}
+    if "mod" in t:
+        norms = kind in ("layer", "adaptive")
+        extra["modulation"] = Modulation(t["mod"], t["mod_rows"], 0 if norms else None, c.k if norms else None, 2 * c.k)
     return lambda: gemm(
         t["x"], w, dst, norm=t.get("norm"), gate=t.get("gate"), ws=ws, norm_group=c.dims.get("norm_group", 0), **extra
     )
@@ -479,6 +614,35 @@ register(
                     for f in _F
                     for m, g in ((1, 96), (17, 64), (4, 12))
                 ),
+            ),
+            *cases(
+                "tiny",
+                *(
+                    {
+                        "m": m,
+                        "n": 48,
+                        "k": 64,
+                        "dtype": f,
+                        "prologue": p,
+                        "epilogue": 1,
+                        "act": act,
+                        "mod": mod,
+                        "programs": 1,
+                    }
+                    for f in _F
+                    for m, p, act, mod in (
+                        (1, "layer", "gelu_tanh", "f32"),
+                        (19, "adaptive", "none", "bf16"),
+                        (6, "none", "none", "f32"),
+                        (21, "glu", "gelu_tanh", "bf16"),
+                    )
+                ),
+            ),
+            *cases(
+                "odd",
+                {"m": 5, "n": 37, "k": 53, "dtype": "f32", "prologue": "layer", "programs": 1},
+                {"m": 17, "n": 21, "k": 101, "dtype": "bf16", "prologue": "adaptive", "mod": "f32", "programs": 1},
+                {"m": 3, "n": 9, "k": 45, "dtype": "bf16", "prologue": "glu", "act": "gelu", "programs": 1},
             ),
             *cases(
                 "odd",

@@ -23,8 +23,8 @@ def kernels_of(op: Op) -> set[str]:
 
 
 def small(op: Op) -> list[tuple[int, Case]]:
-    """Cases that an emulator can run, with their place in the entry."""
-    return [(i, c) for i, c in enumerate(op.cases) if c.kind != "real"]
+    """Cases that an emulator can run, with their place in the entry; not those that are always programs."""
+    return [(i, c) for i, c in enumerate(op.cases) if c.kind != "real" and not c.dims.get("programs")]
 
 
 def emulated_ops(driver: EmulatedCuda) -> list[Op]:

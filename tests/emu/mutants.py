@@ -514,6 +514,145 @@ MUTANTS += [
     Mutant(GATHER, "gather", "row of the first id", "const int64_t id = p.ids[t];", "const int64_t id = p.ids[0];"),
 ]
 
+MUTANTS += [
+    Mutant(GATHER, "gather_mean", "last row of a run lost", "t < p.n; ++t) sum", "t < p.n - 1; ++t) sum"),
+    Mutant(GATHER, "gather_mean", "sum, not mean", "= sum / float(p.n);", "= sum;"),
+    Mutant(GATHER, "gather_mean", "runs overlap", "(b * p.n + t) * p.ldx", "(b + t) * p.ldx"),
+    Mutant(GATHER, "gather_mean", "channels not bounded", "  if (i >= p.d) return;\n  float sum", "  float sum"),
+]
+
+FLOW = "ops/flow/flow.cu"
+MUTANTS += [
+    Mutant(
+        FLOW,
+        "flow_begin",
+        "finished chunks go on",
+        "if (j < 0 || j >= p.steps) return;\n  const float tau",
+        "const float tau",
+    ),
+    Mutant(FLOW, "flow_begin", "one committed action too many", "i < p.delay[b]", "i <= p.delay[b]"),
+    Mutant(FLOW, "flow_begin", "prefix not kept", "      p.x[row * a + c] = x;\n", ""),
+    Mutant(
+        FLOW,
+        "flow_begin",
+        "time of the next step",
+        "(b * (p.steps + 1) + j) * h + i];\n  const int32_t time",
+        "(b * (p.steps + 1) + j + 1) * h + i];\n  const int32_t time",
+    ),
+    Mutant(FLOW, "flow_begin", "tables of the first chunk", "(b * p.steps + j) * h + i]", "j * h + i]"),
+    Mutant(FLOW, "flow_begin", "no noise", "p.noise[row * a + c] * tau + x", "x"),
+    Mutant(FLOW, "flow_begin", "weights swapped", "* tau + x * (1.f - tau)", "* (1.f - tau) + x * tau"),
+    Mutant(FLOW, "flow_begin", "hidden channels shown", "p.hidden && p.hidden[c] ? 0.f : value", "value"),
+    Mutant(FLOW, "flow_begin", "context of the first chunk", "p.context[b * context + c]", "p.context[c]"),
+    Mutant(FLOW, "flow_begin", "last column of the context lost", "c < context; c", "c < context - 1; c"),
+    Mutant(FLOW, "flow_begin", "times behind no context", "out[a + context + c] =", "out[a + c] ="),
+    Mutant(FLOW, "flow_begin", "row not told", "if (threadIdx.x == 0) p.rows[row] = time;", ""),
+    Mutant(FLOW, "flow_begin", "early read", "  wait_for_previous();\n  const int64_t row", "  const int64_t row"),
+    Mutant(
+        FLOW,
+        "flow_end",
+        "finished chunks go on",
+        "if (j < 0 || j >= p.steps) return;\n  const float* now",
+        "const float* now",
+    ),
+    Mutant(FLOW, "flow_end", "uphill", "(now[h + i] - now[i]) * pred", "(now[i] - now[h + i]) * pred"),
+    Mutant(FLOW, "flow_end", "finished actions move", "else if (now[i] > 0.f)", "else"),
+    Mutant(FLOW, "flow_end", "padding leaves too", "if (c >= p.dims || p.due", "if (p.due"),
+    Mutant(FLOW, "flow_end", "due of the first chunk", "p.due[b * h + i] != j", "p.due[i] != j"),
+    Mutant(FLOW, "flow_end", "leaves a step late", "p.due[b * h + i] != j ||", "p.due[b * h + i] != j - 1 ||"),
+    Mutant(FLOW, "flow_end", "first slot for all", "p.ring[(slot * h + i)", "p.ring[i"),
+    Mutant(FLOW, "flow_end", "no logistic", "if (p.squash && p.squash[c]) value", "if (false) value"),
+    Mutant(FLOW, "flow_end", "logistic for all", "if (p.squash && p.squash[c]) value", "if (p.squash) value"),
+    Mutant(FLOW, "flow_end", "scale of the first chunk", "p.scale[b * p.dims + c]", "p.scale[c]"),
+    Mutant(FLOW, "flow_end", "offset of the first chunk", "p.offset[b * p.dims + c]", "p.offset[c]"),
+    Mutant(
+        FLOW,
+        "flow_end",
+        "NaN passes unseen",
+        "if (!(fabsf(value) <= 3.402823466e38f))",
+        "if (fabsf(value) > 3.402823466e38f)",
+    ),
+    Mutant(FLOW, "flow_end", "no lower limit", "value < p.low[c] ? p.low[c] : value", "value"),
+    Mutant(FLOW, "flow_end", "no upper limit", "value > p.high[c] ? p.high[c] : value", "value"),
+    Mutant(
+        FLOW,
+        "flow_end",
+        "step moves before all have read it",
+        "  __syncthreads();\n  if (threadIdx.x == 0) p.step[b]",
+        "  if (threadIdx.x == 0) p.step[b]",
+    ),
+    Mutant(FLOW, "flow_end", "step stands still", "p.step[b] = int32_t(j + 1)", "p.step[b] = int32_t(j)"),
+    Mutant(FLOW, "flow_end", "early read", "  wait_for_previous();\n  const int64_t b", "  const int64_t b"),
+]
+
+NORM = "ops/norm/norm.cu"
+MUTANTS += [
+    Mutant(NORM, "norm", "sum not added", "more ? x[i] + more[i] : x[i]", "x[i]"),
+    Mutant(NORM, "norm", "no mean", "if (p.kind == kProLayerNorm) {", "if (false) {"),
+    Mutant(NORM, "norm", "mean of RMS norms", "if (p.kind == kProLayerNorm) {", "if (true) {"),
+    Mutant(NORM, "norm", "sums overwritten", "total += sums[w];\n  __syncthreads();", "total += sums[w];"),
+    Mutant(NORM, "norm", "sums read early", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total"),
+    Mutant(NORM, "norm", "last warp lost", "w < kWarps; ++w", "w < kWarps - 1; ++w"),
+    Mutant(NORM, "norm", "half a warp", "for (int o = 16; o; o >>= 1) v +=", "for (int o = 8; o; o >>= 1) v +="),
+    Mutant(NORM, "norm", "no weight", "if (p.w) v *= p.w[i];", ""),
+    Mutant(NORM, "norm", "no bias", "if (p.b) v += p.b[i];", ""),
+    Mutant(NORM, "norm", "scale without one", "v *= 1.f + modulation", "v *= modulation"),
+    Mutant(NORM, "norm", "shift from the scale", "mod + p.mod_shift + i", "mod + p.mod_scale + i"),
+    Mutant(NORM, "norm", "modulation of row 0", "(p.mod_rows ? p.mod_rows[t] : 0)", "(p.mod_rows ? p.mod_rows[0] : 0)"),
+    Mutant(NORM, "norm", "early read", "  wait_for_previous();", "  "),
+]
+
+CONV = "ops/conv/conv.cu"
+MUTANTS += [
+    Mutant(CONV, "conv_patches", "padding not counted", "oy * p.stride - p.pad + ky", "oy * p.stride + ky"),
+    Mutant(CONV, "conv_patches", "no stride", "ox * p.stride - p.pad + kx", "ox - p.pad + kx"),
+    Mutant(CONV, "conv_patches", "rows not bounded below", "if (y >= 0 && y < p.height &&", "if (y < p.height &&"),
+    Mutant(CONV, "conv_patches", "columns not bounded above", "x >= 0 && x < p.width) {", "x >= 0) {"),
+    Mutant(
+        CONV,
+        "conv_patches",
+        "taps transposed",
+        "kx = at / c % p.size, ky = at / c / p.size",
+        "ky = at / c % p.size, kx = at / c / p.size",
+    ),
+    Mutant(
+        CONV, "conv_patches", "first grid for all", "((b * p.height + y) * p.width + x) * c", "(y * p.width + x) * c"
+    ),
+    Mutant(CONV, "conv_patches", "scale dropped", "if (p.scale) v = v * p.scale[i] + p.offset[i];", ""),
+    Mutant(CONV, "conv_patches", "bytes read as floats", "p.kind == 0 ?", "true ?"),
+    Mutant(CONV, "conv_depthwise", "no residual", "= p.x[cell * c + i] + sum;", "= sum;"),
+    Mutant(CONV, "conv_depthwise", "no bias", "float sum = p.bias[i];", "float sum = 0.f;"),
+    Mutant(CONV, "conv_depthwise", "rows run into the next grid", "gy < 0 || gy >= p.height ||", "gy < 0 ||"),
+    Mutant(CONV, "conv_depthwise", "columns wrap", "|| gx < 0 || gx >= p.width) continue;", ") continue;"),
+    Mutant(CONV, "conv_depthwise", "taps transposed", "p.w[(ky * 3 + kx) * c + i]", "p.w[(kx * 3 + ky) * c + i]"),
+    Mutant(CONV, "conv_depthwise", "channels not bounded", "  if (i >= c) return;", ""),
+]
+
+CHANNELS = "ops/channel_attention/channel_attention.cu"
+MUTANTS += [
+    Mutant(CHANNELS, "channel_attention", "q and k swapped", "left[n * d + i], right[n * d + j], acc",
+           "left[n * d + j], right[n * d + i], acc"),
+    Mutant(CHANNELS, "channel_attention", "no scale", "acc[o] * p.scale;", "acc[o];"),
+    Mutant(CHANNELS, "channel_attention", "last token of a piece lost", "for (int n = 0; n < count; ++n) acc",
+           "for (int n = 0; n < count - 1; ++n) acc"),
+    Mutant(CHANNELS, "channel_attention", "not normalised", "row[j] /= total;", "row[j] /= 1.f;"),
+    Mutant(CHANNELS, "channel_attention", "largest not taken", "best = fmaxf(best, row[j])",
+           "best = fminf(best, row[j])"),
+    Mutant(CHANNELS, "channel_attention", "softmax over columns", "logits[i * d + j], left", "logits[j * d + i], left"),
+    Mutant(CHANNELS, "channel_attention", "v is k", "2 * c + at % d];\n    __syncthreads();",
+           "c + at % d];\n    __syncthreads();"),
+    Mutant(CHANNELS, "channel_attention", "first group for all", "b * p.tokens * p.ldq + g * d",
+           "b * p.tokens * p.ldq"),
+    Mutant(CHANNELS, "channel_attention", "grids overlap", "p.out + b * p.tokens * p.ldo", "p.out + b * p.ldo"),
+    Mutant(CHANNELS, "channel_attention", "staged rows read early",
+           "      right[at] = row[c];\n    }\n    __syncthreads();", "      right[at] = row[c];\n    }"),
+    Mutant(CHANNELS, "channel_attention", "staged rows overwritten", "    }\n    __syncthreads();\n  }\n#pragma unroll",
+           "    }\n  }\n#pragma unroll"),
+    Mutant(CHANNELS, "channel_attention", "softmax before the logits", "acc[o] * p.scale;\n  }\n  __syncthreads();",
+           "acc[o] * p.scale;\n  }"),
+    Mutant(CHANNELS, "channel_attention", "early read", "  wait_for_previous();", "  "),
+]  # fmt: skip
+
 # Mutant.id: why no case can tell it from the original.
 SURVIVORS: dict[str, str] = {
     "rng: half dropped": "changes a normal by one part in 2^33 unless its word is tiny, and no case draws a tiny one",

@@ -1,4 +1,5 @@
-"""The programs that a large hybrid model records for a chunk of 512 rows, and what they compile to. No GPU needed.
+"""The programs that a large hybrid model records for a chunk of 512 rows, and the flow policies for an observation and
+a step, and what they compile to. No GPU needed.
 
 `python tests/triton/shipped.py [sm ...] [kernel ...]` prints registers, spills, shared memory and instruction counts.
 """
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.ops.attention import KVCache, attention
+from engine.ops.attention import KVCache, Pads, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
-from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
+from engine.ops.flow import FlowState, flow_begin, flow_end
+from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up, moe_workspace
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime import cuda, device
@@ -126,6 +128,64 @@ def _attentions(m: int, use: Callable) -> None:
         use("attention", f, attention, q, k, v, cache, pos, out, heads=heads, rows=rows, ws=ws)
 
 
+def _tower(use: Callable, name: str, f: str, m: int, d: int, mlp: int, act: str) -> None:
+    """The products of a pre-norm layer with biases."""
+    a = Addresses()
+    x, norm, bias = a.alloc("x", (m, d)), a.alloc("norm", (d,)), a.alloc("bias", (max(3 * d, mlp),))
+    ws = a.alloc("ws", (workspace_bytes(m, mlp),), "u8")
+    normed = {"prologue": "layer", "norm": norm, "norm_bias": norm, "ws": ws}
+    for what, n, more in (("qkv", 3 * d, {}), ("fc1", mlp, {"act": act})):
+        out = a.alloc(what, (m, n))
+        use(f"{name} {what}", f, gemm, x, a.matrix(n, d, f), out, bias=bias.slice(0, (n,)), **normed, **more)
+    hidden = a.alloc("hidden", (m, mlp))
+    use(f"{name} fc2", f, gemm, hidden, a.matrix(d, mlp, f), x, bias=norm, residual=x, ws=ws)
+
+
+def _policies(m: int, use: Callable) -> None:
+    """A vision-language trunk, its action expert and a soft-prompted transformer (FASTER on π0.5 and X-VLA)."""
+    del m
+    for f in ("f32", "bf16", "i8"):
+        _tower(use, "vision", f, 768, 1152, 4304 if f != "i8" else 4352, "gelu_tanh")
+        a = Addresses()
+        for name, rows, d, mlp, adaptive in (("trunk", 968, 2048, 16384, False), ("expert", 50, 1024, 4096, True)):
+            x, wide = a.alloc("x", (rows, d)), a.alloc("wide", (rows, 2 * mlp))
+            ws, live = a.alloc("ws", (workspace_bytes(rows, mlp),), "u8"), a.alloc("rows", (1,), "i32")
+            table, ids = a.alloc("table", (1224, 111 * d), "bf16"), a.alloc("ids", (rows,), "i32")
+            before = {"modulation": Modulation(table, ids, 0, d)} if adaptive else {"rows": live}
+            after = {"modulation": Modulation(table, ids, gate=2 * d)} if adaptive else {"rows": live}
+            use(f"{name} gate_up", f, gemm, x, a.matrix(2 * mlp, d, f), wide, prologue="rms", ws=ws, **before)
+            use(f"{name} down", f, gemm, wide.columns(0, mlp), a.matrix(d, mlp, f), x, prologue="glu",
+                gate=wide.columns(mlp, mlp), pro_act="gelu_tanh", residual=x, ws=ws, **after)  # fmt: skip
+    for f in ("f32", "bf16"):
+        for name, t, past, batch, heads, kv, d, more in (
+            ("vision", 256, 0, 3, 16, 16, 72, ""), ("trunk", 968, 0, 1, 8, 1, 256, "rope"),
+            ("expert", 50, 968, 1, 8, 1, 256, "rope"), ("policy", 276, 0, 1, 16, 16, 64, ""),
+            ("window", 144, 0, 12, 32, 32, 32, "windows"),
+        ):  # fmt: skip
+            a, ctx = Addresses(), (t + past + 15) // 16 * 16
+            cache = KVCache.empty(a, "kv", kv, d, ctx, f, batch)  # type: ignore[arg-type]
+            q, out = a.alloc("q", (t * batch, heads * d)), a.alloc("out", (t * batch, heads * d))
+            k, v = (a.alloc(n, (t * batch, kv * d)) for n in "kv")
+            i32 = {n: a.alloc(n, (s,), "i32") for n, s in (
+                ("pos", batch), ("offsets", batch + 1), ("order", t * batch), ("count", batch))}  # fmt: skip
+            extra: dict[str, Any] = {"rope": a.alloc("rope", (ctx, d))} if more == "rope" else {}
+            if more == "windows":
+                bias = a.alloc("bias", (kv * d,))
+                extra = {"offsets": i32["offsets"], "longest": t, "order": i32["order"],
+                         "pads": Pads(bias, bias, i32["count"])}  # fmt: skip
+            ws = a.alloc("ws", (attention_workspace(t, heads, d, ctx),), "u8")
+            use(f"{name} attention", f, attention, q, k, v, cache, i32["pos"], out, heads=heads, causal=False, ws=ws,
+                **extra)  # fmt: skip
+    a = Addresses()
+    for rule, h, channels, dims, context, times in (("euler", 50, 32, 14, 0, 0), ("renoise", 30, 20, 20, 20, 32)):
+        state = FlowState.empty(a, rule, 1, 10, h, channels, dims, 4)  # type: ignore[arg-type]
+        parts = {n: a.alloc(n, s) for n, s in (("context", (1, context)), ("times", (306, times))) if s[1]}
+        hidden, rows = a.alloc("hidden", (channels,), "i32"), a.alloc("rows", (h,), "i32")
+        seen = a.alloc("seen", (h, channels + context + times))
+        use(f"{rule} begin", "f32", flow_begin, state, seen, rows, rule=rule, hidden=hidden, **parts)
+        use(f"{rule} end", "f32", flow_end, state, a.alloc("said", (h, channels)), rule=rule, squash=hidden)
+
+
 def shipped_programs(m: int = 512) -> list[Shipped]:
     """Recorded by calling the public ops at the widths of the model, in a step of m rows."""
     out: list[Shipped] = []
@@ -136,7 +196,7 @@ def shipped_programs(m: int = 512) -> list[Shipped]:
             op(*args, **named)
         out.extend(Shipped(name, format, p) for p in driver.programs)
 
-    for ops in (_gemms, _moes, _ssms, _attentions):
+    for ops in (_gemms, _moes, _ssms, _attentions, _policies):
         ops(m, use)
     return out
 

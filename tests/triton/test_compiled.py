@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
 
 PROGRAMS = {key(s.program, 0): s for s in shipped_programs()}
-PRODUCTS = {"gemm.matmul", "moe.grouped", "attention.causal"}
+PRODUCTS = {"gemm.matmul", "moe.grouped", "attention.attend"}
 NAMES = [f"{s.use}-{s.program.kernel}-{s.format}" for s in PROGRAMS.values()]
 
 

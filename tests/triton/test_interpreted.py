@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = ("gemm", "moe", "ssm", "attention")
+OPS = ("gemm", "moe", "ssm", "attention", "flow")
 # Launches per case; the interpreter takes minutes for the longest contexts, which 1023 positions stand in for.
 CASES = [
     (name, i, case)
@@ -34,7 +34,7 @@ LIVE = {"gemm": (29, 17), "moe": (40,), "ssm": (17, 130), "attention": (33,)}
 JOBS |= {
     f"{name}-{case.id}-rows{live}": {"kind": "fewer", "op_name": name, "index": i, "live": live}
     for name, i, case in CASES
-    if case.dims.get("m", case.dims.get("t")) in LIVE[name]
+    if case.dims.get("m", case.dims.get("t")) in LIVE.get(name, ())
     for live in (0, 1, 13)
 }
 

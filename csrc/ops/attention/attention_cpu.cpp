@@ -1,4 +1,4 @@
-// attention: online-softmax over packed K and V panels, both products by the gemm tiles
+// attention: append and online softmax over packed K and V panels, both products by the gemm tiles
 // layout   K panel = 16 positions, V panel = 16 channels: the cache is a pair of packed weight matrices that grows
 // mapping  rows (token, head of one kv group) in tiles of <= 14, four tiles share each block of 128 positions;
 //          few tokens: also split over context in fixed pieces, combined in order after a barrier
@@ -15,18 +15,62 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kTilesPerTask = 4;
 constexpr float kNegInf = -INFINITY;
 
-struct Geometry {
-  int64_t m, pos, group, k_panel, v_panel, k_head, v_head;
+struct Geometry {                // of one sequence
+  int64_t m, pos, group, first;  // tokens, cached tokens, heads per kv head, first row
+  uint8_t *k_cache, *v_cache;
+  int64_t k_panel, v_panel, k_head, v_head;
+  int64_t pads;  // how often the extra key is seen
 };
 
-void append(const AttentionParams& p, const Geometry& g, int64_t t, int64_t h) {
-  const int64_t at = g.pos + t;
-  const float* k = p.k + t * p.ldkv + h * p.d;
-  const float* v = p.v + t * p.ldkv + h * p.d;
-  uint8_t* kp = p.k_cache + h * g.k_head + (at / 16) * g.k_panel;
-  uint8_t* vh = p.v_cache + h * g.v_head;
+Geometry geometry(const AttentionParams& p, int64_t b) {
+  Geometry g = {};
+  g.k_panel = gemm_panel_bytes(p.format, p.d, 1);
+  g.v_panel = gemm_panel_bytes(p.format, p.ctx, 1);
+  g.k_head = (p.ctx / 16) * g.k_panel;
+  g.v_head = ceil_div(p.d, 16) * g.v_panel;
+  g.group = p.heads / p.kv_heads;
+  g.k_cache = p.k_cache + b * p.kv_heads * g.k_head;
+  g.v_cache = p.v_cache + b * p.kv_heads * g.v_head;
+  g.first = p.offsets ? p.offsets[b] : b * p.m;
+  g.m = p.offsets ? imin(p.offsets[b + 1] - g.first, p.m) : p.rows ? imin(*p.rows, p.m) : p.m;
+  g.pos = p.pos[b];
+  g.pads = p.pads ? p.pads[b] : 0;
+  if (g.pos < 0 || g.pos + g.m > p.ctx) g.m = 0;  // the caller bounds the context; never write outside the cache
+  return g;
+}
+
+int64_t row_of(const AttentionParams& p, const Geometry& g, int64_t t) {
+  return p.order ? p.order[g.first + t] : g.first + t;
+}
+
+// Turns the d channels of one head by the angles of a position; dst may not be src.
+void rotate(const float* rope, int64_t d, const float* src, float* dst) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t n = half - i;
+    const F16 a = loadn(src + i, n), b = loadn(src + half + i, n), c = loadn(rope + i, n),
+              s = loadn(rope + half + i, n);
+    storen(dst + i, sub(mul(a, c), mul(b, s)), n);
+    storen(dst + half + i, add(mul(b, c), mul(a, s)), n);
+  }
+}
+
+// One head of q or k as the products see it.
+const float* turned(const AttentionParams& p, int64_t position, const float* src, float* tmp) {
+  if (!p.rope) return src;
+  rotate(p.rope + position * p.d, p.d, src, tmp);
+  return tmp;
+}
+
+// Position `at` of kv head h, value by value.
+void append(const AttentionParams& p, const Geometry& g, int64_t at, int64_t h, float* tmp) {
+  const int64_t row = row_of(p, g, at - g.pos);
+  const float* k = turned(p, at, p.k + row * p.ldkv + h * p.d, tmp);
+  const float* v = p.v + row * p.ldkv + h * p.d;
+  uint8_t* kp = g.k_cache + h * g.k_head + (at / 16) * g.k_panel;
+  uint8_t* vh = g.v_cache + h * g.v_head;
   const int64_t lane = at % 16;
-  const bool last = t == g.m - 1;
+  const bool last = at == g.pos + g.m - 1;
   for (int64_t i = 0; i < p.d; ++i) {
     uint8_t* vp = vh + (i / 16) * g.v_panel;
     if (p.format == kW_F32) {
@@ -40,6 +84,45 @@ void append(const AttentionParams& p, const Geometry& g, int64_t t, int64_t h) {
     }
   }
   if (p.format != kW_F32 && (p.d & 1)) reinterpret_cast<uint16_t*>(kp)[(p.d / 2) * 32 + lane * 2 + 1] = 0;
+}
+
+// Positions [at, at + 16), a whole K panel, which is what a woven tile of 16 rows looks like.
+void append_panel(const AttentionParams& p, const Geometry& g, int64_t at, int64_t h, char* scratch) {
+  const int64_t nu = units_per_row(p.format, p.d);
+  uint32_t* units = reinterpret_cast<uint32_t*>(scratch);
+  float* tmp = reinterpret_cast<float*>(units + 16 * round_up(nu, 16));
+  for (int64_t r = 0; r < 16; ++r) {
+    const int64_t row = row_of(p, g, at + r - g.pos);
+    const float* k = turned(p, at + r, p.k + row * p.ldkv + h * p.d, tmp);
+    to_units(p.format, k, p.d, 0, {units + r * nu, nullptr, nullptr});
+  }
+  weave(p.format, p.d, 0, 16, {units, nullptr, nullptr}, nu, 0, g.k_cache + h * g.k_head + (at / 16) * g.k_panel);
+  const int per = p.format == kW_F32 ? 1 : 2;
+  for (int64_t r = 0; r < 16; r += per) {
+    const float* v0 = p.v + row_of(p, g, at + r - g.pos) * p.ldkv + h * p.d;
+    const float* v1 = p.v + row_of(p, g, at + r + per - 1 - g.pos) * p.ldkv + h * p.d;
+    for (int64_t i = 0; i < p.d; i += 16) {
+      uint8_t* to = g.v_cache + h * g.v_head + (i / 16) * g.v_panel + (at + r) / per * 64;
+      if (per == 1)
+        store(reinterpret_cast<float*>(to), loadn(v0 + i, p.d - i));
+      else
+        store_bf16_pairs(to, loadn(v0 + i, p.d - i), loadn(v1 + i, p.d - i));
+    }
+  }
+}
+
+// The last position that row t sees, plus one.
+int64_t end_of(const AttentionParams& p, const Geometry& g, int64_t t) { return g.pos + (p.causal ? t + 1 : g.m); }
+
+// The softmax state after pads[b] equal keys.
+void start_with_pads(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r, float* o, float* mx,
+                     float* sum) {
+  const float* q = p.q + row_of(p, g, r / g.group) * p.ldq + (h * g.group + r % g.group) * p.d;
+  F16 dot = zero();
+  for (int64_t i = 0; i < p.d; i += 16) dot = fma(loadn(q + i, p.d - i), loadn(p.pad_k + h * p.d + i, p.d - i), dot);
+  *mx = reduce_add(dot) * p.scale;
+  *sum = float(g.pads);
+  for (int64_t i = 0; i < p.d; i += 16) store(o + i, mul(loadn(p.pad_v + h * p.d + i, p.d - i), set1(*sum)));
 }
 
 // Rows [r0, r1) of kv head h against positions [s0, s1). Writes out directly, or (m, l, o) per row to `partial`.
@@ -56,11 +139,13 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
   uint8_t* ptile = reinterpret_cast<uint8_t*>(units + kMaxRows * imax(nu, kBlock));
   const int64_t q_bytes = a_tile_bytes(p.format, tiles.rows(0), p.d, 0);
   uint8_t* qt = ptile + a_tile_bytes(p.format, kMaxRows, kBlock, 0);
+  float* tmp = reinterpret_cast<float*>(qt + tiles.count * q_bytes);  // one head
   for (int64_t i = 0; i < tiles.count; ++i) {
     const int64_t f = r0 + tiles.first(i), mr = tiles.rows(i);
     for (int64_t r = 0; r < mr; ++r) {
       const int64_t t = (f + r) / g.group, head = h * g.group + (f + r) % g.group;
-      to_units(p.format, p.q + t * p.ldq + head * p.d, p.d, 0, {units + r * nu, nullptr, nullptr});
+      const float* q = turned(p, g.pos + t, p.q + row_of(p, g, t) * p.ldq + head * p.d, tmp);
+      to_units(p.format, q, p.d, 0, {units + r * nu, nullptr, nullptr});
     }
     weave(p.format, p.d, 0, mr, {units, nullptr, nullptr}, nu, 0, qt + i * q_bytes);
   }
@@ -68,55 +153,55 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
     mx[r] = kNegInf;
     sum[r] = 0.f;
     for (int64_t i = 0; i < dp; i += 16) store(o + r * dp + i, zero());
+    if (g.pads > 0) start_with_pads(p, g, h, r0 + r, o + r * dp, mx + r, sum + r);
   }
-  const int64_t end = imin(s1, g.pos + (r1 - 1) / g.group + 1);
+  const int64_t end = imin(s1, end_of(p, g, (r1 - 1) / g.group));
   const int64_t unit_bytes = p.format == kW_F32 ? 64 : 32;  // of a V panel, per position
   for (int64_t b0 = s0; b0 < end; b0 += kBlock) {
     const int64_t nb = imin(kBlock, end - b0), nk = p.format == kW_F32 ? nb : nb + (nb & 1);
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t f = tiles.first(i), mr = tiles.rows(i);
-      if (g.pos + (r0 + f + mr - 1) / g.group < b0) continue;  // every row of the tile lies before this block
-      run_panels(p.format, mr, qt + i * q_bytes, p.k_cache + h * g.k_head + (b0 / 16) * g.k_panel, g.k_panel, 0,
+      if (end_of(p, g, (r0 + f + mr - 1) / g.group) <= b0) continue;  // every row of the tile lies before this block
+      run_panels(p.format, mr, qt + i * q_bytes, g.k_cache + h * g.k_head + (b0 / 16) * g.k_panel, g.k_panel, 0,
                  ceil_div(nb, 16), p.d, 0, [&](int64_t panel, int np, const float* c) {
                    for (int64_t r = 0; r < mr; ++r)
                      for (int q = 0; q < np; ++q)
                        store(s + r * kBlock + (panel + q) * 16, mul(load(c + (r * np + q) * 16), set1(p.scale)));
                  });
       const int64_t pu = units_per_row(p.format, nk);
+      const int64_t padded = round_up(nb, 16);
+      const auto visible_of = [&](int64_t r) { return imin(nb, end_of(p, g, (r0 + f + r) / g.group) - b0); };
       for (int64_t r = 0; r < mr; ++r) {
         float* sr = s + r * kBlock;
-        const int64_t row = f + r;
-        const int64_t visible = imin(nb, g.pos + (r0 + row) / g.group + 1 - b0);
-        const int64_t padded = round_up(nb, 16);
-        for (int64_t j = imax(visible, 0); j < padded; ++j) sr[j] = kNegInf;
-        corr[r] = 1.f;
-        if (visible > 0) {
-          F16 best = set1(mx[row]);
-          for (int64_t j = 0; j < padded; j += 16) best = max(load(sr + j), best);
-          const float m_new = reduce_max(best);
-          corr[r] = expf(mx[row] - m_new);
-          mx[row] = m_new;
-          F16 total = zero();
-          for (int64_t j = 0; j < padded; j += 16) {
-            // exp() clamps its argument, so masked lanes are zeroed by count.
-            const int64_t n = visible - j;
-            F16 e = exp(sub(load(sr + j), set1(m_new)));
-            if (n < 16) {
-              float t[16];
-              store(t, e);
-              e = n > 0 ? loadn(t, n) : zero();
-            }
-            total = add(total, e);
-            store(sr + j, e);
-          }
-          sum[row] = sum[row] * corr[r] + reduce_add(total);
-        } else {
-          for (int64_t j = 0; j < padded; j += 16) store(sr + j, zero());
+        const int64_t visible = imax(visible_of(r), 0);
+        for (int64_t j = visible; j < padded; ++j) sr[j] = kNegInf;
+        F16 best = set1(mx[f + r]);
+        for (int64_t j = 0; j < padded; j += 16) best = max(load(sr + j), best);
+        corr[r] = mx[f + r];
+        mx[f + r] = reduce_max(best);
+      }
+      // How much what was summed so far shrinks; of nothing so far it does not matter.
+      storen(corr, exp(sub(loadn(corr, mr), loadn(mx + f, mr))), mr);
+      for (int64_t r = 0; r < mr; ++r) {
+        float* sr = s + r * kBlock;
+        const int64_t visible = visible_of(r);
+        if (visible <= 0) corr[r] = 1.f;  // -inf less -inf, where nothing has been seen yet
+        F16 total = zero();
+        const F16 top = set1(mx[f + r]);
+        for (int64_t j = 0; j < padded; j += 16) {
+          // exp() clamps its argument, so masked lanes are zeroed by count.
+          const int64_t n = visible - j;
+          const F16 e = n >= 16 ? exp(sub(load(sr + j), top))
+                        : n > 0 ? first_lanes(exp(sub(load(sr + j), top)), n)
+                                : zero();
+          total = add(total, e);
+          store(sr + j, e);
         }
+        sum[f + r] = sum[f + r] * corr[r] + reduce_add(total);
         to_units(p.format, sr, nk, 0, {units + r * pu, nullptr, nullptr});
       }
       weave(p.format, nk, 0, mr, {units, nullptr, nullptr}, pu, 0, ptile);
-      run_panels(p.format, mr, ptile, p.v_cache + h * g.v_head + b0 * unit_bytes, g.v_panel, 0, dp / 16, nk, 0,
+      run_panels(p.format, mr, ptile, g.v_cache + h * g.v_head + b0 * unit_bytes, g.v_panel, 0, dp / 16, nk, 0,
                  [&](int64_t panel, int np, const float* c) {
                    for (int64_t r = 0; r < mr; ++r)
                      for (int q = 0; q < np; ++q) {
@@ -136,7 +221,7 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
       const int64_t t = (r0 + r) / g.group, head = h * g.group + (r0 + r) % g.group;
       const F16 inv = set1(1.f / sum[r]);
       for (int64_t i = 0; i < p.d; i += 16)
-        storen(p.out + t * p.ldo + head * p.d + i, mul(load(o + r * dp + i), inv), p.d - i);
+        storen(p.out + row_of(p, g, t) * p.ldo + head * p.d + i, mul(load(o + r * dp + i), inv), p.d - i);
     }
   }
 }
@@ -144,33 +229,36 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
 }  // namespace
 
 void attention(const AttentionParams& p, Ctx& ctx) {
-  const int64_t m = p.rows ? imin(*p.rows, p.m) : p.m;
-  const int64_t pos = *p.pos;
-  if (m <= 0 || pos < 0 || pos + m > p.ctx) return;  // the caller bounds the context; never write outside the cache
-  Geometry g{m, pos, p.heads / p.kv_heads, gemm_panel_bytes(p.format, p.d, 1), gemm_panel_bytes(p.format, p.ctx, 1),
-             0, 0};
-  g.k_head = (p.ctx / 16) * g.k_panel;
-  g.v_head = ceil_div(p.d, 16) * g.v_panel;
-  const int64_t chunks = ceil_div(m, 16);
-  for (int64_t task; (task = claim(ctx)) < chunks * p.kv_heads;) {
-    const int64_t t0 = (task % chunks) * 16;
-    for (int64_t t = t0; t < imin(t0 + 16, m); ++t) append(p, g, t, task / chunks);
+  const int64_t chunks = ceil_div(p.m, 16) + 1;  // by panels of positions, the first and last of which may be shared
+  for (int64_t task; (task = claim(ctx)) < p.batch * chunks * p.kv_heads;) {
+    const Geometry g = geometry(p, task / (chunks * p.kv_heads));
+    const int64_t panel = g.pos / 16 + task % chunks, h = task / chunks % p.kv_heads;
+    const int64_t first = imax(panel * 16, g.pos), end = imin(panel * 16 + 16, g.pos + g.m);
+    if (end - first == 16 && (p.format == kW_F32 || kNativeBf16)) {
+      append_panel(p, g, first, h, ctx.scratch);
+      continue;
+    }
+    for (int64_t at = first; at < end; ++at) append(p, g, at, h, reinterpret_cast<float*>(ctx.scratch));
   }
+  if (!p.q) return;
   barrier(ctx);
-  const int64_t rows = m * g.group;
+  const int64_t share = p.heads / p.kv_heads;
   const int64_t per_task = kTilesPerTask * max_rows(p.format);
-  const int64_t groups = ceil_div(rows, per_task);
-  const bool split = m <= kAttentionSplitRows;
-  const int64_t length = pos + m;
+  const int64_t groups = ceil_div(p.m * share, per_task);
+  const Geometry one = geometry(p, 0);
+  const int64_t length = one.pos + one.m;
+  const bool split = p.batch == 1 && one.m <= kAttentionSplitRows && !one.pads;
   const int64_t splits = split ? ceil_div(length, kAttentionSplit) : 1;
   float* partial = splits > 1 ? reinterpret_cast<float*>(p.ws) : nullptr;
-  const int64_t row_floats = p.d + 2;
-  const int64_t tasks = p.kv_heads * groups * splits;
-  for (int64_t task; (task = claim(ctx)) < tasks;) {
+  const int64_t row_floats = p.d + 2, rows = one.m * share;
+  for (int64_t task; (task = claim(ctx)) < p.batch * p.kv_heads * groups * splits;) {
+    const int64_t s = task % splits, h = task / splits % p.kv_heads;
+    const Geometry g = geometry(p, task / splits / p.kv_heads / groups);
     // Late rows see the longest context: hand them out first.
-    const int64_t s = task % splits, h = (task / splits) % p.kv_heads, gi = groups - 1 - task / splits / p.kv_heads;
-    const int64_t r0 = gi * per_task, r1 = imin(r0 + per_task, rows);
-    attend(p, g, h, r0, r1, s * kAttentionSplit, splits > 1 ? imin((s + 1) * kAttentionSplit, length) : length,
+    const int64_t gi = groups - 1 - task / splits / p.kv_heads % groups;
+    const int64_t r0 = gi * per_task, r1 = imin(r0 + per_task, g.m * share);
+    if (r0 >= r1) continue;
+    attend(p, g, h, r0, r1, s * kAttentionSplit, splits > 1 ? imin((s + 1) * kAttentionSplit, length) : g.pos + g.m,
            ctx.scratch, partial ? partial + ((s * p.kv_heads + h) * rows + r0) * row_floats : nullptr);
   }
   if (splits <= 1) return;
@@ -191,8 +279,8 @@ void attention(const AttentionParams& p, Ctx& ctx) {
       total += w * q[1];
       for (int64_t i = 0; i < p.d; ++i) o[i] += w * q[2 + i];
     }
-    const int64_t t = r / g.group, head = h * g.group + r % g.group;
-    for (int64_t i = 0; i < p.d; ++i) p.out[t * p.ldo + head * p.d + i] = o[i] / total;
+    const int64_t t = r / share, head = h * share + r % share;
+    for (int64_t i = 0; i < p.d; ++i) p.out[row_of(p, one, t) * p.ldo + head * p.d + i] = o[i] / total;
   }
 }
 

@@ -47,7 +47,27 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p) {
   for (int64_t i = eights * 8 + threadIdx.x; i < p.d; i += kThreads) out[i] = known ? bf16_to_f32(row[i]) : 0.f;
 }
 
+// gather_mean: mean of each run of n rows
+// layout   x [B*n, D], out [B, D] f32
+// mapping  a block per run and 256 channels, a thread per channel
+// moves    x once, out once
+// tried    -
+__global__ void __launch_bounds__(kThreads) gather_mean_kernel(GatherMeanParams p) {
+  release_next();
+  wait_for_previous();
+  const int64_t b = blockIdx.x, i = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+  if (i >= p.d) return;
+  float sum = 0.f;
+  for (int64_t t = 0; t < p.n; ++t) sum += p.x[(b * p.n + t) * p.ldx + i];
+  p.out[b * p.ldo + i] = sum / float(p.n);
+}
+
 }  // namespace
+
+void gather_mean(const GatherMeanParams& p, void* stream) {
+  const Launch l = {{unsigned(p.batch), unsigned((p.d + kThreads - 1) / kThreads)}, kThreads, 0, stream, true};
+  launch("gather_mean", gather_mean_kernel, l, p);
+}
 
 void gather(const GatherParams& p, void* stream) {
   const Launch l = {unsigned(p.m), kThreads, 0, stream, true};

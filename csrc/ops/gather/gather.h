@@ -7,4 +7,9 @@ namespace engine {
   F(const void*, table) F(int32_t, table_dtype) F(int64_t, vocab) F(int64_t, d) F(const int32_t*, ids)      \
   F(float*, out) F(int64_t, ldo) F(const int32_t*, rows) F(int64_t, m)
 ENGINE_PARAMS(GatherParams, ENGINE_GATHER_PARAMS)
+
+// gather_mean: out[b,:] = mean of the rows [b*n, (b+1)*n) of x [B*n, D] f32.
+#define ENGINE_GATHER_MEAN_PARAMS(F) \
+  F(const float*, x) F(int64_t, ldx) F(float*, out) F(int64_t, ldo) F(int64_t, batch) F(int64_t, n) F(int64_t, d)
+ENGINE_PARAMS(GatherMeanParams, ENGINE_GATHER_MEAN_PARAMS)
 }  // namespace engine

@@ -26,4 +26,18 @@ void gather(const GatherParams& p, Ctx& ctx) {
   }
 }
 
+// gather_mean: mean of each run of n rows
+// layout   x [B*n, D], out [B, D] f32
+// mapping  one task per run
+// moves    x once, out once
+// tried    -
+void gather_mean(const GatherMeanParams& p, Ctx& ctx) {
+  for (int64_t b; (b = claim(ctx)) < p.batch;)
+    for (int64_t i = 0; i < p.d; i += 16) {
+      F16 sum = zero();
+      for (int64_t t = 0; t < p.n; ++t) sum = add(sum, loadn(p.x + (b * p.n + t) * p.ldx + i, p.d - i));
+      storen(p.out + b * p.ldo + i, mul(sum, set1(1.f / float(p.n))), p.d - i);
+    }
+}
+
 }  // namespace engine::cpu::ENGINE_NS

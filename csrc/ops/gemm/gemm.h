@@ -1,8 +1,13 @@
-// gemm: out[m,:] = act(prologue(x)[m,:] @ W.T + bias) * scale + residual[m,:], W packed (see gemm_pack).
+// gemm: out[m,:] = act(prologue(x)[m,:] @ W.T + bias) * scale * gate[m,:] + residual[m,:], W packed (see gemm_pack).
 // x [M,K] f32 row-major (row stride ldx); out [M,N] f32 or bf16; residual [M,N] f32 (may be out itself); bias [N] f32.
 // rows, when given, is read at run time and replaces m: one recorded node serves every length up to m.
-// Prologues: rms_norm  x * rsqrt(mean(x^2) + eps) * pro_w over K
-//            gated     v = x * silu(z), then rms_norm over groups of norm_group channels, times pro_w
+// Prologues: rms_norm    x * rsqrt(mean(x^2) + eps) over K
+//            layer_norm  (x - mean) * rsqrt(var + eps) over K
+//            gated       v = x * silu(z), then rms_norm over groups of norm_group channels, times pro_w
+//            glu         pro_act(x) * z
+// The first two are followed by * pro_w + pro_b (either may be null), then by * (1 + scale) + shift of the modulation.
+// Modulation: mod [R, ldmod] f32 | bf16; row m uses row mod_rows[m] (row 0 when mod_rows is null; ids outside [0, R)
+// are the caller's fault). Its scale, shift and gate start at columns mod_scale, mod_shift, mod_gate; -1: there is none.
 // ws: workspace_bytes(m, k) of engine/ops/gemm.py, used when M*K is too large for every thread to pack it for itself.
 #pragma once
 #include "base/params.h"
@@ -14,7 +19,9 @@ namespace engine {
   F(const float*, residual) F(int64_t, ldr) F(const float*, bias) F(const float*, pro_w)                 \
   F(const float*, z) F(int64_t, ldz) F(uint8_t*, ws) F(const int32_t*, rows) F(int64_t, m) F(int64_t, n) \
   F(int64_t, k) F(int32_t, format) F(int32_t, group) F(int32_t, prologue) F(int64_t, norm_group)         \
-  F(float, eps) F(int32_t, act) F(int32_t, out_dtype) F(float, scale)
+  F(float, eps) F(int32_t, act) F(int32_t, out_dtype) F(float, scale) F(const float*, pro_b)             \
+  F(int32_t, pro_act) F(const void*, mod) F(int64_t, ldmod) F(int32_t, mod_dtype)                        \
+  F(const int32_t*, mod_rows) F(int64_t, mod_scale) F(int64_t, mod_shift) F(int64_t, mod_gate)
 ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
 
 // gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.

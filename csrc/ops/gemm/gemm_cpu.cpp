@@ -1,4 +1,4 @@
-// gemm: out = act(prologue(x) @ W.T + bias) * scale + residual, W packed once at load
+// gemm: out = act(prologue(x) @ W.T + bias) * scale * gate + residual, W packed once at load
 // layout   gemm.h (operands), microkernel.h (tiles)
 // mapping  small M*K: every thread packs all rows for itself, then takes chunks of panels (no barrier);
 //          else rows are packed once into ws, barrier, then (row block, panel chunk) tasks, dynamic
@@ -14,17 +14,24 @@ namespace {
 constexpr int64_t kPrivateBytes = 128 << 10;  // A that each thread may pack redundantly
 constexpr int64_t kBlockBytes = 4 << 20;      // A kept hot in the last-level cache
 
+int64_t mod_row(const GemmParams& p, int64_t m) { return p.mod_rows ? p.mod_rows[m] : 0; }
+
 const float* prologue_row(const GemmParams& p, int64_t m, float* tmp) {
   const float* x = p.x + m * p.ldx;
-  if (p.prologue == kProRmsNorm) {
-    rms_norm_row(x, p.pro_w, p.k, p.eps, tmp);
-    return tmp;
+  const float* z = p.z + m * p.ldz;
+  switch (p.prologue) {
+    case kProRmsNorm:
+    case kProLayerNorm: {
+      const auto part = [&](int64_t column) {
+        return p.mod && column >= 0 ? span_at(p.mod, p.mod_dtype, mod_row(p, m) * p.ldmod + column) : Span();
+      };
+      norm_row({p.prologue, p.pro_w, p.pro_b, part(p.mod_scale), part(p.mod_shift), p.eps}, x, p.k, tmp);
+      return tmp;
+    }
+    case kProGatedGroupNorm: gated_group_norm_row(x, z, p.pro_w, p.k, p.norm_group, p.eps, tmp); return tmp;
+    case kProGlu: glu_row(x, z, p.k, p.pro_act, tmp); return tmp;
+    default: return x;
   }
-  if (p.prologue == kProGatedGroupNorm) {
-    gated_group_norm_row(x, p.z + m * p.ldz, p.pro_w, p.k, p.norm_group, p.eps, tmp);
-    return tmp;
-  }
-  return x;
 }
 
 // Packs rows [m0, m0+mr) into a tile. `scratch` holds one f32 row and mr rows of units.
@@ -49,6 +56,8 @@ void pack_tile(const GemmParams& p, int64_t m0, int64_t mr, char* scratch, uint8
 void emit_block(const GemmParams& p, int64_t m0, int64_t mr, int64_t panel, int np, const float* c) {
   for (int64_t r = 0; r < mr; ++r) {
     const int64_t m = m0 + r;
+    const bool gated = p.mod && p.mod_gate >= 0;
+    const int64_t gate = gated ? mod_row(p, m) * p.ldmod + p.mod_gate : 0;
     for (int q = 0; q < np; ++q) {
       const int64_t n0 = (panel + q) * 16, left = p.n - n0;
       if (left <= 0) break;
@@ -56,6 +65,7 @@ void emit_block(const GemmParams& p, int64_t m0, int64_t mr, int64_t panel, int 
       if (p.bias) v = add(v, loadn(p.bias + n0, left));
       if (p.act != kActNone) v = activate(v, p.act);
       if (p.scale != 1.f) v = mul(v, set1(p.scale));
+      if (gated) v = mul(v, span_at(p.mod, p.mod_dtype, gate + n0).at(0, left));
       if (p.residual) v = add(v, loadn(p.residual + m * p.ldr + n0, left));
       if (p.out_dtype == kBF16)
         storen_bf16(static_cast<uint16_t*>(p.out) + m * p.ldo + n0, v, left);

@@ -592,15 +592,64 @@ ENGINE_INLINE Tiles split_rows(int64_t m, int64_t max_rows) {
 }
 
 // ------------------------------------------------------------------------------------------------ prologues
-// Normalises one row of k values into dst (src is read once more after the sum of squares).
-static void rms_norm_row(const float* x, const float* w, int64_t k, float eps, float* dst) {
+// A span of f32 or bf16 values, or nothing.
+struct Span {
+  const void* data = nullptr;
+  int32_t dtype = kF32;
+  explicit operator bool() const { return data != nullptr; }
+  F16 at(int64_t i, int64_t n) const {
+    return dtype == kBF16 ? loadn_bf16(static_cast<const uint16_t*>(data) + i, n)
+                          : loadn(static_cast<const float*>(data) + i, n);
+  }
+};
+ENGINE_INLINE Span span_at(const void* table, int32_t dtype, int64_t element) {
+  return {static_cast<const char*>(table) + element * (dtype == kBF16 ? 2 : 4), dtype};
+}
+
+struct RowNorm {
+  int32_t kind;    // kProRmsNorm | kProLayerNorm
+  const float* w;  // may be null, as all that follow
+  const float* b;
+  Span scale, shift;  // * (1 + scale) + shift
+  float eps;
+};
+
+// Normalises one row of k values into dst, which may be x.
+static void norm_row(const RowNorm& norm, const float* x, int64_t k, float* dst) {
+  F16 mean = zero();
+  if (norm.kind == kProLayerNorm) {
+    for (int64_t i = 0; i < k; i += 16) mean = add(mean, loadn(x + i, k - i));
+    mean = set1(reduce_add(mean) / float(k));
+  }
   F16 s = zero();
-  for (int64_t i = 0; i < k; i += 16) {
-    const F16 v = loadn(x + i, k - i);
+  const int64_t whole = k / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) {
+    const F16 v = sub(load(x + i), mean);
     s = fma(v, v, s);
   }
-  const F16 r = set1(1.f / sqrtf(reduce_add(s) / float(k) + eps));
-  for (int64_t i = 0; i < k; i += 16) storen(dst + i, mul(mul(loadn(x + i, k - i), r), loadn(w + i, k - i)), k - i);
+  float total = reduce_add(s);
+  float centre[16];
+  store(centre, mean);
+  for (int64_t i = whole; i < k; ++i) total += (x[i] - centre[0]) * (x[i] - centre[0]);
+  const F16 r = set1(1.f / sqrtf(total / float(k) + norm.eps)), one = set1(1.f);
+  for (int64_t i = 0; i < k; i += 16) {
+    const int64_t n = k - i;
+    F16 v = mul(sub(loadn(x + i, n), mean), r);
+    if (norm.w) v = mul(v, loadn(norm.w + i, n));
+    if (norm.b) v = add(v, loadn(norm.b + i, n));
+    if (norm.scale) v = mul(v, add(one, norm.scale.at(i, n)));
+    if (norm.shift) v = add(v, norm.shift.at(i, n));
+    storen(dst + i, v, n);
+  }
+}
+
+static void rms_norm_row(const float* x, const float* w, int64_t k, float eps, float* dst) {
+  norm_row({kProRmsNorm, w, nullptr, {}, {}, eps}, x, k, dst);
+}
+
+static void glu_row(const float* x, const float* z, int64_t k, int32_t act, float* dst) {
+  for (int64_t i = 0; i < k; i += 16)
+    storen(dst + i, mul(activate(loadn(x + i, k - i), act), loadn(z + i, k - i)), k - i);
 }
 
 static void gated_group_norm_row(const float* x, const float* z, const float* w, int64_t k, int64_t gs, float eps,
