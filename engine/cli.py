@@ -1,4 +1,4 @@
-"""The `engine` command: chat, generate, explain, plan, bench, demo."""
+"""The `engine` command: chat, generate, explain, plan, serve, bench, demo."""
 
 from __future__ import annotations
 
@@ -114,8 +114,11 @@ def explain(
     strict: Strict = False,
 ) -> None:
     """Which implementation runs each op and why, how weights are stored, memory by part."""
-    model = engine.load(name, quant=quant, dtype=dtype, context=context, strict=strict)
+    options: dict[str, Any] = {} if context is None else {"context": context}
+    model = engine.load(name, quant=quant, dtype=dtype, strict=strict, **options)
     print(model)
+    if hasattr(model, "profile_of_inputs"):
+        print(model.profile_of_inputs)
     print(model.explain())
     print(model.memory())
 
@@ -150,6 +153,30 @@ def plan(
         change = lower(lambda **changed: sum(cls.plan(config, device=target, **options | changed).values()), have, ctx)
         print(f"does not fit: {change}")
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    name: Name = "pi05-tiny", host: str = "127.0.0.1", port: int = 8000,
+    token: Annotated[str | None, typer.Option(help="needed on any interface but this machine's own")] = None,
+    stream: Annotated[str, typer.Option(help="ask, always or never: rows as they become final")] = "ask",
+    quant: Quant = None, dtype: DType = "auto", strict: Strict = False,
+) -> None:  # fmt: skip
+    """A robot policy over a websocket, in the protocol of openpi's client; Ctrl-C ends it."""
+    from engine.blocks.policy import FlowPolicy
+    from engine.serve.server import PolicyServer
+
+    model = engine.load(name, quant=quant, dtype=dtype, strict=strict)
+    if not isinstance(model, FlowPolicy):
+        raise EngineError(f"{name} is no robot policy; serve takes pi0.5 and X-VLA checkpoints")
+    model.warmup()
+    metadata = {"name": model.name, "horizon": model.horizon, "action_dim": model.options.dims,
+                "schedule": str(model.schedule)}  # fmt: skip
+    server = PolicyServer(model, host=host, port=port, token=token, metadata=metadata, stream=stream)
+    print(model)
+    print(model.profile_of_inputs)
+    print(f"ws://{host}:{port}", flush=True)
+    server.run()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

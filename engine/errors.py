@@ -49,3 +49,27 @@ class BusyError(EngineError, RuntimeError):
 
 class ClosedError(EngineError, RuntimeError):
     """The model was closed."""
+
+
+class DeadlineError(EngineError, RuntimeError):
+    """Actions were not there by the time that they were due, or clearly will not be."""
+
+
+class ProtocolError(EngineError, ValueError):
+    """A frame from the network is malformed, too large, or not allowed; nothing of it was used."""
+
+
+class ServerError(EngineError, RuntimeError):
+    """The policy server answered with an error."""
+
+
+class EngineWarning(UserWarning):
+    """Base of the warnings of this package; each has a class of its own so that it can be filtered."""
+
+
+class ScheduleWarning(EngineWarning):
+    """A schedule that the checkpoint was not trained for: allowed, but out of distribution."""
+
+
+class TruncationWarning(EngineWarning):
+    """A prompt was longer than the model takes and lost its end."""

@@ -1,4 +1,4 @@
-"""Model families by the `model_type` of their config.json."""
+"""Model families by the `model_type` (or `type`) of their config.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {"nemotron_h": ("engine.models.nemotron.model", "Nemotron")}
+FAMILIES = {
+    "nemotron_h": ("engine.models.nemotron.model", "Nemotron"),
+    "pi05": ("engine.models.pi05.model", "Pi05"),
+    "xvla": ("engine.models.xvla.model", "XVLA"),
+}
+OPENPI = "pi05"  # what a config.json with an action_horizon and no type belongs to
 
 
 def family_of(folder: Path) -> tuple[dict, Any]:
@@ -16,14 +21,19 @@ def family_of(folder: Path) -> tuple[dict, Any]:
 
     path = folder / "config.json"
     if not path.exists():
-        raise ConfigError(f"{folder} has no config.json; give a folder in the published layout")
-    config = read_json(path, limit=16 << 20, error=ConfigError)
+        raise ConfigError(
+            f"{folder} has no config.json; give a folder in the published layout (for weights of openpi without one, "
+            'write {"type": "pi05", "chunk_size": <actions of a chunk>} there)'
+        )
+    config = read_json(path, limit=32 << 20, error=ConfigError)
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is not a JSON object")
+    if "model_type" not in config and "type" not in config and "action_horizon" in config:
+        return config, family(OPENPI)
     for wrapper in ("llm_config", "text_config"):
         if isinstance(config.get(wrapper), dict):
             config = config[wrapper]
-    return config, family(str(config.get("model_type")))
+    return config, family(str(config.get("type", config.get("model_type"))))
 
 
 def family(model_type: str) -> Any:

@@ -414,11 +414,12 @@ def test_unknown_family_and_missing_config(tmp_path):
 def test_memory_plan_refuses_before_work(tmp_path):
     huge = dataclasses.replace(tiny.CONFIG, hidden_size=16384, intermediate_size=65536, pattern="-" * 64)
     tmp_path.joinpath("config.json").write_text(json.dumps(huge.to_json()))
+    from engine.blocks.weights import Shapes
     from engine.models.nemotron.model import Nemotron
-    from engine.models.nemotron.weights import Shapes
+    from engine.models.nemotron.weights import tensor_shapes
 
     with pytest.raises(MemoryPlanError, match="int4"):
-        Nemotron(huge, source=Shapes(huge))
+        Nemotron(huge, source=Shapes(tensor_shapes(huge)))
 
 
 def test_strict_refuses_a_slower_isa(folder):

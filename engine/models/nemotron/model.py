@@ -13,11 +13,12 @@ from typing import Any
 
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.blocks.prefix import PrefixCache
-from engine.errors import ConfigError, InputError, MemoryPlanError
+from engine.blocks.weights import Shapes
+from engine.errors import ConfigError, InputError
 from engine.io.checkpoint import Checkpoint, Source
 from engine.io.text import ChatTemplate, Tokenizer
 from engine.models.nemotron.config import NemotronConfig
-from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, Shapes, load_weights
+from engine.models.nemotron.weights import Attention, Dense, Experts, Mamba, load_weights, tensor_shapes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops import moe as moe_op
@@ -29,7 +30,8 @@ from engine.ops.moe import Routing, moe_down, moe_route, moe_up
 from engine.ops.sample import sample
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import available_bytes, on, parse_dtype
+from engine.runtime.device import on, parse_dtype
+from engine.runtime.fit import require
 from engine.runtime.plan import capture
 
 DEFAULT_CONTEXT = 8192
@@ -138,10 +140,12 @@ class Nemotron(LanguageModel):
                 "the files do not belong together"
             )
         if source is not None:
-            _check_memory(o.bytes(c, device), quant, device)
+            parts = o.bytes(c, device)
+            weighs = max(parts, key=lambda k: parts[k]) == "weights" and quant != "int4"
+            require(parts, device, "load with quant='int4'" if weighs else "lower context= or chunk=")
         arena = Arena(device, dry=source is None)
         with strict_dispatch(strict):
-            self.weights = w = load_weights(c, source or Shapes(c), arena, o.dtype, quant, progress)
+            self.weights = w = load_weights(c, source or Shapes(tensor_shapes(c)), arena, o.dtype, quant, progress)
         moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
         with on(device):  # workspaces differ
             made = o.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
@@ -325,7 +329,7 @@ class Options:
     def bytes(self, c: NemotronConfig, device: str = "cpu") -> dict[str, int]:
         """By part; nothing is taken."""
         arena = Arena(device, dry=True)
-        w = load_weights(c, Shapes(c), arena, self.dtype, self.quant, progress=False)
+        w = load_weights(c, Shapes(tensor_shapes(c)), arena, self.dtype, self.quant, progress=False)
         moe = next((layer for layer in w.layers if isinstance(layer, Experts)), None)
         with on(device):
             made = self.allocate(c, arena, moe.up if moe else None, moe.shared_up if moe else None)
@@ -339,17 +343,6 @@ def _has_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     # A damaged file counts as one that has a template: the error then names it.
     return path.exists() and b'"chat_template"' in path.read_bytes()
-
-
-def _check_memory(parts: dict[str, int], quant: str | None, device: str) -> None:
-    have, need = available_bytes(device), sum(parts.values())
-    if need > have:
-        largest = max(parts, key=lambda k: parts[k])
-        advice = "load with quant='int4'" if largest == "weights" and quant != "int4" else "lower context= or chunk="
-        listing = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in parts.items() if v)
-        raise MemoryPlanError(
-            f"this model needs {need / 1e9:.2f} GB ({listing}) and {have / 1e9:.2f} GB are free here; {advice}"
-        )
 
 
 def _check_widths(c: NemotronConfig) -> None:

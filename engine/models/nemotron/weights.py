@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from engine.errors import CheckpointError, DispatchError, InputError
-from engine.io.checkpoint import MappedSource, Source, Stack, bf16_to_f32, check_finite, expect, f32_to_bf16
+from engine.blocks.weights import Packer, Recipe
+from engine.io.checkpoint import MappedSource, Source, Stack, expect
 from engine.io.mapped import Rule
-from engine.io.tensors import TensorInfo
 from engine.models.nemotron.config import NemotronConfig
-from engine.ops.dispatch import is_strict
-from engine.ops.gemm import PackedMatrix, group_for
+from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
 
 RULES: list[Rule] = [
@@ -27,7 +24,6 @@ RULES: list[Rule] = [
     (re.compile(r"(?:language_model\.)?mtp\."), None),
 ]
 STACKS = [Stack(r"(.*experts)[.](up|down)_proj", r"\1.{e}.\2_proj.weight")]
-QUANTS = (None, "int8", "int4")
 
 
 @dataclass
@@ -137,139 +133,44 @@ def tensor_shapes(c: NemotronConfig, expert_bias: bool | None = None) -> dict[st
     return out
 
 
-class Recipe:
-    """Which format each role gets.
-
-    int4 keeps 8 bits where NVIDIA's ablation is most sensitive (spec 3.6): attention, Mamba layers right in front of
+class NemotronRecipe(Recipe):
+    """int4 keeps 8 bits where NVIDIA's ablation is most sensitive: attention, Mamba layers right in front of
     attention, the head. Router, convolution and SSM parameters are fp32 everywhere.
     """
 
     def __init__(self, c: NemotronConfig, dtype: str, quant: str | None) -> None:
-        if quant not in QUANTS:
-            raise InputError(f"quant={quant!r} is not one of None, 'int8', 'int4'")
-        if dtype not in ("f32", "bf16"):
-            raise InputError(f"dtype {dtype!r} is not supported for weights on a CPU; use float32 or bfloat16")
-        self.dtype, self.quant = dtype, quant
+        super().__init__(dtype, quant)
         self._before_attention = {i for i, k in enumerate(c.pattern[:-1]) if k == "M" and c.pattern[i + 1] == "*"}
-        self.notes: dict[str, str] = {}
 
-    def format(self, role: str, k: int, layer: int = -1) -> str:
-        if self.quant is None:
-            chosen, why = self.dtype, "as asked"
-        elif self.quant == "int8":
-            chosen, why = "i8", "as asked"
-        elif role in ("attention", "lm_head"):
-            chosen, why = "i8", "8 bits: most sensitive"
-        elif role == "mamba" and layer in self._before_attention:
-            chosen, why = "i8", "8 bits: feeds attention"
-        else:
-            chosen, why = "i4", "as asked"
-        if chosen in ("i8", "i4"):
-            group = group_for(k)
-            if group is None:
-                chosen, why = "bf16", f"K = {k} is not a multiple of 32"
-                if is_strict():
-                    raise DispatchError(
-                        f"{role} weights of width {k} cannot be quantised in groups of 32; load with strict=False"
-                    )
-            else:
-                why += f", group {group}"
-        name = role if role != "mamba" or layer not in self._before_attention else "mamba before attention"
-        self.notes[f"{name} (K={k})"] = f"{chosen} ({why})"
-        return chosen
+    def mamba(self, k: int, layer: int) -> str:
+        return self.format("mamba before attention" if layer in self._before_attention else "mamba", k)
+
+    def choose(self, role: str) -> tuple[str, str]:
+        if self.quant == "int4" and role in ("attention", "lm_head"):
+            return "i8", "8 bits: most sensitive"
+        if self.quant == "int4" and role == "mamba before attention":
+            return "i8", "8 bits: feeds attention"
+        return super().choose(role)
 
 
-class Shapes:
-    """The tensors of a config without their contents: what a dry arena needs to lay out a model."""
+class Loader(Packer):
+    """The layers of a checkpoint, in order."""
 
-    def __init__(self, c: NemotronConfig) -> None:
-        self._shapes = tensor_shapes(c)
-
-    def keys(self) -> list[str]:
-        return list(self._shapes)
-
-    def info(self, name: str) -> TensorInfo:
-        shape = self._shapes[name]
-        return TensorInfo(name, "BF16", shape, 2 * math.prod(shape))
-
-    def read(self, name: str) -> np.ndarray:
-        raise CheckpointError(f"tensor {name!r} has a shape and no contents: the model is a sketch")
-
-    def release(self, name: str) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-class Loader:
-    """Reads, checks and packs one tensor after another; the source may drop each one's pages right after."""
-
-    def __init__(self, c: NemotronConfig, source: MappedSource, arena: Arena, recipe: Recipe, progress: bool) -> None:
-        self.c, self.source, self.arena, self.recipe = c, source, arena, recipe
+    def __init__(
+        self, c: NemotronConfig, source: MappedSource, arena: Arena, recipe: NemotronRecipe, progress: bool
+    ) -> None:
+        super().__init__(source, arena)
+        self.c, self.recipe = c, recipe
         self.expert_bias = _has_expert_bias(c, source)
         self.bar = tqdm(
             total=len(c.pattern) + 2, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False
         )
 
-    def vector(self, name: str, shape: tuple[int, ...] | None = None, fn=None) -> Tensor:
-        info = self.source.info(name)
-        if self.arena.dry:
-            return self.arena.alloc(name, shape or info.shape, "f32", "weights")
-        raw = self.source.read(name)
-        value = bf16_to_f32(raw) if info.dtype == "BF16" else np.asarray(raw, np.float32)
-        check_finite(name, value)
-        if fn is not None:
-            with np.errstate(over="ignore"):
-                value = fn(value)
-            check_finite(name, value)
-        value = value.reshape(shape or value.shape)
-        out = self.arena.alloc(name, value.shape, "f32", "weights")
-        out.write(value)
-        return out
-
-    def optional(self, name: str, wanted: bool) -> Tensor | None:
-        return self.vector(name) if wanted else None
-
-    def stacked(self, name: str, names: list[str], wanted: bool) -> Tensor | None:
-        """Several bias vectors as one buffer."""
-        if not wanted:
-            return None
-        if self.arena.dry:
-            return self.arena.alloc(name, (sum(self.source.info(n).shape[0] for n in names),), "f32", "weights")
-        parts = [self.source.read(n) for n in names]
-        parts = [bf16_to_f32(p) if p.dtype == np.uint16 else np.asarray(p, np.float32) for p in parts]
-        value = np.concatenate(parts)
-        check_finite(name, value)
-        out = self.arena.alloc(name, value.shape, "f32", "weights")
-        out.write(value)
-        return out
-
-    def matrix(self, name: str, names: list[str], format: str, count: int = 1) -> PackedMatrix:
-        """count = 1: the rows of `names` one after another; else one matrix per name."""
-        infos = [self.source.info(n) for n in names]
-        rows = sum(i.shape[0] for i in infos) // count
-        out = PackedMatrix.empty(self.arena, name, rows, infos[0].shape[1], format, count)
-        if self.arena.dry:
-            return out
-        row = 0
-        for e, (n, info) in enumerate(zip(names, infos)):
-            if info.dtype not in ("F32", "BF16", "F16"):
-                raise CheckpointError(f"tensor {n!r} is {info.dtype}; this loader reads F32, BF16 and F16 weights")
-            bad = out.fill(self.source.read(n), *((row, 0) if count == 1 else (0, e)))
-            if bad:
-                raise CheckpointError(
-                    f"tensor {n!r} holds NaN, infinity, or values too large for this format; check the checkpoint"
-                )
-            row += info.shape[0]
-            self.source.release(n)
-        return out
-
     def mamba(self, i: int) -> Mamba:
         c, m = self.c, f"layers.{i}.mixer"
         return Mamba(
             norm=self.vector(f"layers.{i}.norm.weight"),
-            in_proj=self.matrix(f"{m}.in_proj", [f"{m}.in_proj.weight"], self.recipe.format("mamba", c.hidden_size, i)),
+            in_proj=self.matrix(f"{m}.in_proj", [f"{m}.in_proj.weight"], self.recipe.mamba(c.hidden_size, i)),
             in_bias=self.optional(f"{m}.in_proj.bias", c.use_bias),
             conv_w=self.vector(f"{m}.conv1d.weight", (c.conv_kernel, c.conv_dim), lambda w: w[:, 0].T),
             conv_b=self.optional(f"{m}.conv1d.bias", c.use_conv_bias),
@@ -277,9 +178,7 @@ class Loader:
             d_skip=self.vector(f"{m}.D"),
             dt_bias=self.vector(f"{m}.dt_bias"),
             gated_norm=self.vector(f"{m}.norm.weight"),
-            out_proj=self.matrix(
-                f"{m}.out_proj", [f"{m}.out_proj.weight"], self.recipe.format("mamba", c.mamba_inner, i)
-            ),
+            out_proj=self.matrix(f"{m}.out_proj", [f"{m}.out_proj.weight"], self.recipe.mamba(c.mamba_inner, i)),
             out_bias=self.optional(f"{m}.out_proj.bias", c.use_bias),
         )
 
@@ -289,7 +188,7 @@ class Loader:
         return Attention(
             norm=self.vector(f"layers.{i}.norm.weight"),
             qkv=self.matrix(f"{m}.qkv", [f"{n}.weight" for n in names], self.recipe.format("attention", c.hidden_size)),
-            qkv_bias=self.stacked(f"{m}.qkv.bias", [f"{n}.bias" for n in names], c.attention_bias),
+            qkv_bias=self.stacked(f"{m}.qkv.bias", [f"{n}.bias" for n in names]) if c.attention_bias else None,
             o_proj=self.matrix(f"{m}.o_proj", [f"{m}.o_proj.weight"],
                                self.recipe.format("attention", c.num_attention_heads * c.head_dim)),
             o_bias=self.optional(f"{m}.o_proj.bias", c.attention_bias),
@@ -303,7 +202,9 @@ class Loader:
             packed = self.matrix(
                 f"{m}.experts.{which}", [f"{x}.weight" for x in names], self.recipe.format("experts", k), n
             )
-            return packed, self.stacked(f"{m}.experts.{which}.bias", [f"{x}.bias" for x in names], self.expert_bias)
+            return packed, self.stacked(
+                f"{m}.experts.{which}.bias", [f"{x}.bias" for x in names]
+            ) if self.expert_bias else None
 
         def shared(which: str, k: int) -> tuple[PackedMatrix | None, Tensor | None]:
             if not c.shared_width:
@@ -331,29 +232,11 @@ class Loader:
             down_bias=self.optional(f"{down}.bias", c.mlp_bias),
         )
 
-    def embedding(self) -> Tensor:
-        name, dtype = "embeddings.weight", "f32" if self.recipe.dtype == "f32" and not self.recipe.quant else "bf16"
-        info = self.source.info(name)
-        out = self.arena.alloc(name, info.shape, dtype, "weights")
-        if self.arena.dry:
-            return out
-        raw = self.source.read(name)
-        for r in range(0, info.shape[0], 4096):  # in pieces: the table may be larger than what is free
-            rows = raw[r : r + 4096]
-            check_finite(name, rows, info.dtype)
-            if info.dtype == "BF16":
-                value = rows if dtype == "bf16" else bf16_to_f32(rows)
-            else:
-                f32 = np.ascontiguousarray(rows, np.float32)
-                value = f32 if dtype == "f32" else f32_to_bf16(f32)
-            out.slice(r * info.shape[1], value.shape).write(value)
-        return out
-
     def load(self) -> Weights:
         c = self.c
         kinds: dict[str, Any] = {"M": self.mamba, "*": self.attention, "E": self.experts, "-": self.dense}
         with self.bar:
-            embed = self.embedding()
+            embed = self.table("embeddings.weight", self.recipe.table_dtype)
             self.bar.update()
             layers: list[Mamba | Attention | Experts | Dense] = []
             for i, kind in enumerate(c.pattern):
@@ -361,7 +244,6 @@ class Loader:
                 self.bar.update()
             head = "embeddings.weight" if c.tie_word_embeddings else "lm_head.weight"
             lm_head = self.matrix("lm_head", [head], self.recipe.format("lm_head", c.hidden_size))
-            self.source.release("embeddings.weight")
             norm_f = self.vector("norm_f.weight")
             self.bar.update()
         return Weights(embed, layers, norm_f, lm_head, self.recipe.notes, self.source.skipped)
@@ -381,7 +263,7 @@ def load_weights(
 
     Raises: CheckpointError (missing, extra or misshapen tensors, unsupported dtype, NaN), InputError (quant, dtype).
     """
-    recipe = Recipe(c, dtype, quant)
+    recipe = NemotronRecipe(c, dtype, quant)
     view = mapped(source)
     ignore = ["lm_head.weight"] if c.tie_word_embeddings else []
     expect(view, tensor_shapes(c, _has_expert_bias(c, view)), ignore=ignore)

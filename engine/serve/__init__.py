@@ -1,0 +1,1 @@
+"""Robot policies over a websocket: server, clients, and the buffers of the control loop."""

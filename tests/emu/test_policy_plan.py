@@ -1,0 +1,83 @@
+"""The CUDA plans of the flow policies: small models executed without a device, the full sizes counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from . import build
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+if build.compiler() is None:
+    pytest.skip("no C++ compiler here: the CUDA text does not run on the host", allow_module_level=True)
+
+from engine.models.pi05.model import Pi05
+from engine.models.xvla.model import XVLA
+from engine.runtime import cuda
+
+sys.path.insert(0, str(build.ROOT / "tests/models"))
+from test_flow_engine import small_folder
+
+# Nodes of a step: rows and product of four matrices, append and attend, per layer; outside the layers begin, end, and
+# rows and product of two matrices (X-VLA: and the gathering of its sequence).
+PER_LAYER, OUTSIDE = 10, {"pi05": 6, "xvla": 7}
+LAYERS = {"pi05": 18, "xvla": 24}
+FAMILY = {"pi05": Pi05, "xvla": XVLA}
+FULL: dict[str, dict] = {
+    "pi05": {"type": "pi05"},
+    "xvla": {"type": "xvla", "chunk_size": 30, "max_state_dim": 20, "num_image_views": 3, "florence_config": {}},
+}
+# Normalised error of actions after the whole flow. bf16 rounds activations at ties, layer after layer.
+LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    from _faster import small_pi05, small_xvla
+
+    made = {"pi05": small_pi05(3, hidden_size=64, expert_hidden_size=64), "xvla": small_xvla(3)}
+    return {kind: small_folder(tmp_path_factory.mktemp(kind), model) for kind, model in made.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype"), [("pi05", "fp32"), ("pi05", "bf16"), ("xvla", "fp32")])
+def test_small_policy_equals_the_cpu_tape(folders, kind: str, dtype: str) -> None:
+    """Vision, prefix, tables of times and ten steps, with a committed action; two requests."""
+    build.module("plain")  # here, not in the worker's time
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(build.ROOT), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.emu.policy", kind, str(folders[kind]), "--dtype", dtype]
+    done = subprocess.run([*command, *(["--audit"] if dtype == "fp32" else [])], cwd=build.ROOT, env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["error"] <= LIMITS[dtype], found
+    assert found["same_rows"]
+    assert found["kinds"]["step"] == ["cuda", "triton"]
+    assert found["audit"] == ([] if dtype == "fp32" else None)
+
+
+@pytest.mark.parametrize("kind", FULL)
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_node_budget_of_the_full_size_step(kind: str, quant: str | None) -> None:
+    with cuda.use(cuda.Recorder()):
+        model = FAMILY[kind].sketch(FULL[kind], quant=quant, dtype="bf16", device="cuda")
+    nodes = model.plans["step"].nodes
+    layers = Counter(n.label.split(".")[0] for n in nodes)
+    assert all(layers[str(i)] == PER_LAYER for i in range(LAYERS[kind]))
+    assert len(nodes) <= PER_LAYER * LAYERS[kind] + OUTSIDE[kind]
+    assert {n.impl for n in nodes} <= {"cuda", "triton"}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_full_size_fits_a_card(kind: str) -> None:
+    """24 GB hold either policy; the parts come from the code that allocates."""
+    with cuda.use(cuda.Recorder()):
+        parts = FAMILY[kind].plan(FULL[kind], dtype="bf16", device="cuda")
+    assert sum(parts.values()) < {"pi05": 7.5e9, "xvla": 2.2e9}[kind]
