@@ -25,7 +25,7 @@ def main(quant: str = "int4", tokens: int = 32, context: int = 2048) -> None:
     t0 = time.perf_counter()
     model = Nemotron(
         PUBLISHED,
-        RandomSource(PUBLISHED),
+        RandomSource.nemotron(PUBLISHED),
         name="nemotron-cascade-2 (random weights)",
         quant=quant,
         context=context,

@@ -115,6 +115,19 @@ def figure_table() -> str:
         figure = f"{r['tokens_per_s']:.1f} tokens/s, peak RSS {r['peak_rss_gb']:.1f} GB"
         roof = f"{r['gb_s'] / max(data['bandwidth_gb_s']):.0%} of read bandwidth"
         rows.append(_row("30B-A3B configuration, random weights", r["quant"], figure, roof, "-", "-", data["file"]))
+    for kind, name in (("pi05", "π0.5"), ("xvla", "X-VLA")):
+        for quant in (None, "int8"):
+            data = newest("-".join(["flow", kind, *([quant] if quant else [])]))
+            label = f"{name}, full size, random weights"
+            for r in data["rows"]:
+                if r["what"] == "step":
+                    gate = f"golden actions: {data['golden_error_fp32']:.0e} in fp32, cosine {data['cosine']:.5f} here"
+                    rows.append(_row(f"{label}, one flow step", quant or "bf16", f"{r['ms']:.0f} ms", "-", gate,
+                                     f"lerobot eager bf16 ×{r['ratio']:.2f}", data["file"]))  # fmt: skip
+                elif r["what"] != "load":
+                    versus = f"lerobot's chunk ×{r['ratio_first']:.2f} (arithmetic ×{r['ratio_of_arithmetic']:.2f})"
+                    rows.append(_row(f"{label}, first action, {r['what']}", quant or "bf16", f"{r['first_ms']:.0f} ms",
+                                     "-", "as above", versus, data["file"]))  # fmt: skip
     data = newest("gemm")
     for fmt in ("f32", "bf16"):
         mine = [r for r in data["rows"] if r["format"] == fmt and "vs_torch" in r]

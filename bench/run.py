@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|model|plan|predict|gpu|readme] ...: see --help. Without a verb: ops."""
+"""./run bench [ops|gemm|slice|full|flow|reaction|model|plan|predict|gpu|readme] ...: see --help. Alone: ops."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def main(argv: list[str] | None = None) -> None:
     sl.add_argument("--rounds", type=int, default=9)
     full = verbs.add_parser("full", help="the published configuration, random weights, peak memory")
     full.add_argument("--quant", default="int4")
+    flow = verbs.add_parser("flow", help="pi0.5 and X-VLA at full size against lerobot (./run peers first)")
+    flow.add_argument("models", nargs="*", choices=["pi05", "xvla", []], default=[])
+    flow.add_argument("--rounds", type=int, default=3)
+    flow.add_argument("--quant", choices=["int8"])
+    reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
+    reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
+    reaction.add_argument("--episodes", type=int, default=200)
     model = verbs.add_parser("model", help="nemotron-tiny: quality of each format beside its speed")
     model.add_argument("--problems", type=int, default=100)
     verbs.add_parser("plan", help="overhead of a replay per node")
@@ -56,6 +63,14 @@ def main(argv: list[str] | None = None) -> None:
         from bench.readme import main as run_readme
 
         run_readme()
+    elif a.suite == "flow":
+        from bench.flow import main as run_flow
+
+        run_flow(a.models or ["xvla", "pi05"], a.rounds, a.quant)
+    elif a.suite == "reaction":
+        from bench.reaction import main as run_reaction
+
+        run_reaction(a.models, a.episodes)
     elif a.suite == "full":
         from bench.full import main as run_full
 

@@ -33,7 +33,7 @@ PROMPT = np.random.default_rng(1).integers(0, 1024, 512).tolist()
 
 
 def write_checkpoint(folder: Path) -> None:
-    source = RandomSource(CONFIG, dtype="BF16")
+    source = RandomSource.nemotron(CONFIG, dtype="BF16")
     (folder / "config.json").write_text(json.dumps(CONFIG.to_json()))
     save(folder / "model.safetensors", {n: (source.info(n).dtype, source.read(n)) for n in source.keys()})  # noqa: SIM118
 

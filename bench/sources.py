@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from types import TracebackType
 
 import numpy as np
@@ -15,26 +16,34 @@ _POOL = 1 << 22
 
 
 class RandomSource:
-    """Any Nemotron configuration as a Source of bf16 weights, N(0, 1/sqrt(fan_in)), the same for the same name.
+    """Tensors of given shapes as a Source of bf16 weights, N(0, 1/sqrt(fan_in)), the same for the same name.
 
     A matrix is a window into one pool of random numbers at an offset that depends on its name: cheap enough to make
-    32 billion of them, and no two rows are equal.
+    32 billion of them, and no two rows are equal. norm: what weights of norms lie around.
     """
 
-    def __init__(self, config: NemotronConfig, seed: int = 0, dtype: str = "BF16") -> None:
-        self.dtype = dtype
-        self._shapes = {n if n.startswith("lm_head") else f"backbone.{n}": s for n, s in tensor_shapes(config).items()}
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], seed: int = 0, dtype: str = "BF16", norm: float = 1.0
+    ) -> None:
+        self.dtype, self.norm = dtype, norm
+        self._shapes = dict(shapes)
         rng = np.random.default_rng(seed)
         pool = rng.standard_normal(_POOL, np.float32)
         self._pool = np.concatenate([pool, pool[: 1 << 21]])
         self._scaled: dict[tuple[int, str], np.ndarray] = {}
+
+    @classmethod
+    def nemotron(cls, config: NemotronConfig, seed: int = 0, dtype: str = "BF16") -> RandomSource:
+        """Under the names of the published checkpoint."""
+        shapes = tensor_shapes(config)
+        return cls({n if n.startswith("lm_head") else f"backbone.{n}": s for n, s in shapes.items()}, seed, dtype)
 
     def keys(self) -> list[str]:
         return sorted(self._shapes)
 
     def info(self, name: str) -> TensorInfo:
         shape = self._shapes[name]
-        matrix = len(shape) == 2 and "gate." not in name
+        matrix = len(shape) >= 2 and "gate." not in name and not name.endswith("conv1d.weight")
         dtype = self.dtype if matrix else "F32"
         return TensorInfo(name, dtype, shape, int(np.prod(shape)) * (2 if dtype == "BF16" else 4))
 
@@ -53,13 +62,13 @@ class RandomSource:
             return np.log(rng.uniform(1, 16, shape)).astype(np.float32)
         if name.endswith("dt_bias"):
             return rng.normal(-3, 1, shape).astype(np.float32)
-        if "norm" in name:
-            return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+        if "norm" in name and len(shape) == 1 and name.endswith("weight"):
+            return (self.norm + 0.1 * rng.standard_normal(shape)).astype(np.float32)
         if name.endswith("conv1d.weight"):
             return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32)
         if len(shape) == 1:
             return (0.05 * rng.standard_normal(shape)).astype(np.float32)
-        bits = self._bits(shape[1], info.dtype)
+        bits = self._bits(int(np.prod(shape[1:])), info.dtype)
         size = int(np.prod(shape))
         if size <= 1 << 21:
             start = h % _POOL
