@@ -72,6 +72,8 @@ class PolicyOptions:
     @cached_property
     def time_rows(self) -> int:
         """Most distinct flow times that one delay needs."""
+        if self.schedule.is_constant:  # those of the steps, and zero for committed actions
+            return max(self.time_room, self.schedule.steps + min(self.max_delay, 1))
         return max(self.time_room, *(len(self.schedule.at(d).values) for d in range(self.max_delay + 1)))
 
     @staticmethod
@@ -298,8 +300,9 @@ class Clock:
         """
         kind = kind or name
         usual = self.usual.get(kind, 0.0)
+        times = "" if ahead == 1 else f", {ahead} times,"
         try:
-            self.promise(ahead * usual, f"{name} usually takes" if ahead == 1 else f"{name} usually takes, {ahead} times,")
+            self.promise(ahead * usual, f"{name} usually takes{times}")
         except DeadlineError:
             self.usual[kind] = DOUBT * usual  # or one slow moment would refuse every request from now on
             raise

@@ -58,18 +58,22 @@ class PolicyClient:
             ServerError: the server reports an error or does not answer in time; the connection is closed.
             ProtocolError: the answer is malformed.
         """
-        reader, fields = ReplyReader(_delay(obs), self._limits), None
+        reader, whole = ReplyReader(_delay(obs), self._limits), False
         try:
             with _translated("the server"):
                 self._socket.send(encode({**obs, STREAM: False}))
-            while fields is None:
+            while True:
                 with _translated("the server"):
                     frame = self._socket.recv(self._timeout)
-                fields = _whole(reader, read_map(frame, self._limits))
+                # Servers that always stream send packets in front of the answer.
+                whole = True
+                fields = read_map(frame, self._limits)
+                whole = fields.get("type") != "partial"
+                if reader.check(fields).packet.final:
+                    return fields
         finally:
-            if fields is None:  # a late answer must not answer the next request
+            if not whole:  # what comes late must not answer the next request
                 self.close()
-        return fields
 
     def stream(self, obs: Mapping[str, Any], *, actions: int | None = None) -> Iterator[ActionPacket]:
         """Packets as they arrive, the last one with the whole chunk; `actions`: stop after that many valid ones.
@@ -130,18 +134,22 @@ class AsyncPolicyClient:
 
     async def infer(self, obs: Mapping[str, Any]) -> dict[str, Any]:
         """The plain answer; see `PolicyClient.infer`."""
-        reader, fields = ReplyReader(_delay(obs), self._limits), None
+        reader, whole = ReplyReader(_delay(obs), self._limits), False
         try:
             with _translated("the server"):
                 await self._socket.send(encode({**obs, STREAM: False}))
-            while fields is None:
+            while True:
                 with _translated("the server"):
                     frame = await self._receive()
-                fields = _whole(reader, read_map(frame, self._limits))
+                # Servers that always stream send packets in front of the answer.
+                whole = True
+                fields = read_map(frame, self._limits)
+                whole = fields.get("type") != "partial"
+                if reader.check(fields).packet.final:
+                    return fields
         finally:
-            if fields is None:
+            if not whole:  # what comes late must not answer the next request
                 await self._socket.close()
-        return fields
 
     async def stream(self, obs: Mapping[str, Any], *, actions: int | None = None) -> AsyncIterator[ActionPacket]:
         """Packets as they arrive; see `PolicyClient.stream`."""
@@ -263,11 +271,6 @@ class ControlClient:
 
 def _streamed(obs: Mapping[str, Any], actions: int | None) -> dict[str, Any]:
     return {**obs, STREAM: True} | ({} if actions is None else {EARLY_STOP: actions})
-
-
-def _whole(reader: ReplyReader, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """An answer, checked; None for a packet in front of it, as servers send that always stream."""
-    return fields if reader.check(fields).packet.final else None
 
 
 def _delay(obs: Mapping[str, Any]) -> int:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from _faster import DATA, PI05_JSON, XVLA_JSON, golden, small_pi05, small_xvla, write_folder
-from _flow_engine import given_times, load, peer_sample, request, sample, stream
+from _flow_engine import KINDS, given_times, load, peer_sample, request, sample, stream
 from _peer_faster import CASES, TOLERANCE, compare, flow_cases
 
+from engine.blocks.observation import ActionSpace, View
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.schedule import HorizonSchedule
 from engine.errors import BusyError, ClosedError, ConfigError, DeadlineError, EngineError, InputError, ScheduleWarning
+from engine.models.pi05.config import Pi05Config
 from engine.runtime.plan import Plan
 
 TINY = {"pi05": PI05_JSON, "xvla": XVLA_JSON}
@@ -289,6 +291,10 @@ def test_int8_stays_near(tmp_path: Path, kind: str) -> None:
 def small_folder(home: Path, model) -> Path:
     c = model.config
     raw = c.to_json() | {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}}
+    if raw["type"] == "pi05":  # cameras by lerobot's names
+        views = {k: v for k, v in raw["input_features"].items() if v["type"] == "VISUAL"}
+        rest = {k: v for k, v in raw["input_features"].items() if k not in views}
+        raw["input_features"] = {f"observation.images.{k}": v for k, v in views.items()} | rest
     return write_folder(home, raw, {f"model.{k}": v for k, v in model.state_dict().items()})
 
 
@@ -365,6 +371,105 @@ def test_a_deadline_is_kept_or_refused(tiny: FlowPolicy, monkeypatch) -> None:
     assert tiny.act(obs, deadline_ms=60_000).valid.all()
 
 
+def test_a_slow_moment_is_forgotten(tiny: FlowPolicy) -> None:
+    """Refused requests measure nothing: what they are refused by must fade, or it would refuse for ever."""
+    obs = observation(tiny)
+    tiny.act(obs)
+    tiny.clock.usual["step"] = 60_000.0
+    for _ in range(60):
+        try:
+            tiny.act(obs, deadline_ms=30_000)
+            break
+        except DeadlineError:
+            pass
+    else:
+        pytest.fail("refused for ever")
+    tiny.clock.usual.clear()
+
+
+def test_each_amount_of_work_has_its_own_time(tiny: FlowPolicy) -> None:
+    """Cameras that stood still say nothing about cameras that move."""
+    tiny.clock.usual.clear()
+    tiny.reset()
+    obs = observation(tiny)
+    for _ in range(4):
+        tiny.act(obs)
+    usual = tiny.clock.usual
+    assert usual["vision_3"] > 5 * usual["vision_0"]
+    tiny.clock.usual.clear()
+
+
+def test_preprocessing_counts(folders) -> None:
+    model = load("pi05", folders["pi05"])
+    real = model.options.preprocess
+
+    def slow(obs):
+        time.sleep(0.15)
+        return real(obs)
+
+    slow.profile, slow.action_affine = real.profile, real.action_affine
+    object.__setattr__(model.options, "preprocess", slow)
+    timing = model.act(observation(model)).timing
+    assert timing["first_ms"] > timing["preprocess_ms"] >= 150
+    with pytest.raises(DeadlineError, match="within 100 ms"):
+        model.act(observation(model), deadline_ms=100)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.filterwarnings("ignore::engine.errors.ScheduleWarning")
+def test_act_batch_is_act(folders, kind: str) -> None:
+    """Other cameras, delays and noise per chunk, in any order, and between requests that end half way."""
+    one, four = (load(kind, folders[kind], batch=b, schedule=schedule_of_kind(kind)) for b in (1, 4))
+    r, dims = np.random.default_rng(0), one.options.dims
+    noise = r.standard_normal((4, *one.flow.sizes[2:])).astype(np.float32)
+    asked = []
+    for i, d in enumerate((0, 3, 4, 10)):
+        obs = observation(one)
+        for view in one.profile_of_inputs.views:
+            obs[view.key] = r.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+        if i in (1, 2):
+            del obs[f"observation.images.cam{i}"]
+        if d:
+            obs |= {"delay": d, "action_prefix": r.standard_normal((d, dims)).astype(np.float32)}
+        asked.append(obs)
+    want = []
+    for obs, start in zip(asked, noise):
+        one.reset()
+        want.append(one.act(obs, noise=start))
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1], [3, 1]):
+        got = four.act_batch([asked[i] for i in order], noise=noise[order])
+        for i, chunk in zip(order, got):
+            assert np.array_equal(chunk.valid, want[i].valid)
+            error = np.abs(chunk.actions - want[i].actions)[chunk.valid].max()
+            assert error <= 1e-5 * np.abs(want[i].actions).max()
+            assert {"preprocess_ms", "first_ms", "last_ms"} <= set(chunk.timing)
+        stream = four.act_stream(asked[order[-1]], actions=2)
+        next(stream)
+        stream.close()
+        with pytest.raises(DeadlineError):
+            four.act(asked[0], deadline_ms=1e-3)
+    assert np.abs(four.act(asked[1], noise=noise[1]).actions - want[1].actions)[3:].max() <= 1e-5
+
+
+def schedule_of_kind(kind: str) -> HorizonSchedule:
+    return CONSTANT[kind].replace(alpha=0.6, u0=0.9)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_batch_is_refused_before_any_work(folders, kind: str, monkeypatch) -> None:
+    model = load(kind, folders[kind], batch=2, max_delay=3)
+    obs = observation(model)
+    late = obs | {"delay": 4, "action_prefix": np.zeros((4, model.options.dims))}
+    monkeypatch.setattr(model, "_begin", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match="above max_delay = 3"):
+        model.act_batch([obs, late])
+    if kind == "xvla":
+        with pytest.raises(InputError, match="share a domain"):
+            model.act_batch([obs, obs | {"domain_id": 1}])
+        with pytest.raises(InputError, match="domain_id 9 is outside"):
+            model.act_stream(obs | {"domain_id": 9})
+
+
 @pytest.mark.filterwarnings("ignore::engine.errors.ScheduleWarning")
 def test_one_caller_and_close(folders) -> None:
     model = load("xvla", folders["xvla"])
@@ -385,6 +490,7 @@ def test_one_caller_and_close(folders) -> None:
     [
         ({"noise": np.zeros((3, 3), np.float32)}, "noise is float32"),
         ({"noise": np.full((50, 32), np.nan, np.float32)}, "NaN"),
+        ({"noise": np.full((50, 32), 1e300)}, "NaN or infinity"),
         ({"actions": 0}, "actions=0"),
         ({"actions": 51}, "actions=51"),
         ({"deadline_ms": 0}, "deadline_ms=0"),
@@ -417,3 +523,95 @@ def test_untrained_schedules_warn_once(folders) -> None:
         model.act(observation(model), schedule=schedule)
     with pytest.raises(ConfigError, match="q01"):
         model.load(folders["pi05"], profile=model.profile_of_inputs.replace(action_norm="quantile"))
+
+
+def test_numbers_beyond_fp32_are_the_senders_fault(folders) -> None:
+    pi05, xvla = (load(kind, folders[kind]) for kind in ("pi05", "xvla"))
+    with pytest.raises(InputError, match="action_prefix holds"):
+        pi05.act(observation(pi05, delay=1, action_prefix=np.full((1, 32), 1e300)))
+    with pytest.raises(InputError, match=r"observation\.state holds"):
+        xvla.act(observation(xvla) | {"observation.state": np.full(20, 1e300)})
+
+
+# ------------------------------------------------------------------------------------------ profiles
+@pytest.mark.parametrize(
+    ("kind", "change", "text"),
+    [
+        ("pi05", {"max_tokens": 201}, "tokens 201"),
+        ("pi05", {"proprio_dim": 7}, "state vector 7"),
+        ("pi05", {"prompt": "padded"}, "prompt padded"),
+        ("xvla", {"max_tokens": 10}, "tokens 10"),
+        ("xvla", {"proprio_dim": 1}, "state vector 1"),
+        ("xvla", {"action": ActionSpace("other", 20, 7)}, r"gripper channels \(\)"),
+        ("xvla", {"action": ActionSpace("other", 24, 7, (9, 19))}, "channels of an action 24"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused_at_load(folders, kind: str, change: dict, text: str) -> None:
+    model = KINDS[kind]
+    config = model.config_of(folders[kind])
+    own = model.default_profile(config)
+    with pytest.raises(ConfigError, match=text):
+        model.options_of(config, folders[kind], profile=own.replace(**change))
+    views = (*own.views, View("more", "more"))
+    with pytest.raises(ConfigError, match="image slots 4"):
+        model.options_of(config, folders[kind], profile=own.replace(views=views))
+
+
+def test_a_profile_as_argument_wins_over_the_sidecar(tmp_path: Path, folders) -> None:
+    model = KINDS["pi05"]
+    config = model.config_of(folders["pi05"])
+    (tmp_path / "faster.json").write_text('{"resize": "stretch", "norm": "identity"}')
+    own = model.default_profile(config)
+    for asked, want in ((None, "stretch"), (own, "pad-torch")):
+        made = model.options_of(config, tmp_path, profile=asked)
+        assert made.preprocess.profile.image.resize == want
+
+
+def test_what_config_json_says_about_inputs() -> None:
+    """Relative joints are honoured, unknown normalisations refused, files of openpi prepared as openpi does."""
+    names = [*(f"joint_{i}" for i in range(6)), "gripper"]
+    raw = {"type": "pi05"} | features(1, (224, 224), 7, 7)
+    relative = {"use_relative_actions": True, "action_feature_names": names}
+    for more, want in (({}, ()), (relative, (True,) * 6 + (False,)),
+                       (relative | {"relative_exclude_joints": []}, (True,) * 7)):  # fmt: skip
+        config = Pi05Config.from_json(raw | more)
+        assert KINDS["pi05"].default_profile(config).delta_mask == want
+    for kind, base in (("pi05", raw), ("xvla", XVLA_JSON | features(1, (224, 224), 20, 20))):
+        model = KINDS[kind]
+        odd = base | {"normalization_mapping": {"ACTION": "QUANTILE10"}}
+        with pytest.raises(ConfigError, match=r"ACTION = QUANTILE10 is not supported"):
+            model.default_profile(model.parse(odd))
+    openpi = KINDS["pi05"].default_profile(Pi05Config.from_json({"action_horizon": 10, "action_dim": 32}))
+    assert (openpi.convention, openpi.image.resize, openpi.missing_last) == ("openpi", "pad-pil", False)
+    assert (openpi.state_keys, openpi.prompt_keys, openpi.action_norm) == (("state",), ("prompt",), "quantile")
+
+
+def test_an_interrupted_change_of_domain_is_made_again(folders, monkeypatch) -> None:
+    model = load("xvla", folders["xvla"])
+    want = model.act(observation(model, domain_id=0), noise=noise_of(model)).actions
+    decoder = type(model.weights.action_decoder)
+    choose, calls = decoder.choose, []
+
+    def interrupted(self, domain: int) -> None:
+        calls.append(domain)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        choose(self, domain)
+
+    monkeypatch.setattr(decoder, "choose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.act(observation(model, domain_id=1))
+    assert np.array_equal(model.act(observation(model, domain_id=0), noise=noise_of(model)).actions, want)
+
+
+def test_the_largest_horizon_is_laid_out_at_once(folders) -> None:
+    """Tables for every delay of a constant schedule are not made to know how long they are."""
+    model = KINDS["pi05"]
+    config = Pi05Config.from_json({"type": "pi05", "chunk_size": 4096, "num_inference_steps": 1000})
+    start = time.perf_counter()
+    own = model.default_profile(config).replace(state_norm="identity", action_norm="identity")
+    made = model.options_of(config, None, profile=own)
+    assert made.time_rows == 1001
+    assert time.perf_counter() - start < 5
+    small = model.options_of(model.config_of(folders["pi05"]), folders["pi05"], schedule="const", profile=None)
+    assert small.time_rows == max(len(small.schedule.at(d).values) for d in range(small.max_delay + 1))

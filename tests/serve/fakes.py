@@ -53,7 +53,7 @@ class FakePolicy:
                 if step == packets[-1][0] and obs.get("fail") != "no end":
                     place = np.arange(HORIZON)
                     valid = (place >= delay) & (place <= indices[-1])
-                    chunk = ActionChunk(rows, valid, {"total": 1.0})
+                    chunk = ActionChunk(rows, valid, {"first_ms": 0.5, "last_ms": 1.0})
                 yield ActionPacket(step, indices, rows[indices], chunk)
         finally:
             self.inside -= 1

@@ -74,6 +74,17 @@ def test_bad_batches(models) -> None:
         policy.predict_action_chunk(given, np.zeros((1, *models[0].flow.sizes[2:])))
 
 
+def test_committed_actions_are_in_the_chunk(models) -> None:
+    """Not zeros, which a robot might execute."""
+    policy, given = LerobotPolicy(models[1]), batch(models[1])
+    prefix = np.random.default_rng(2).uniform(-1, 1, (2, 1, models[1].options.dims)).astype(np.float32)
+    late = given | {"delay": np.ones(2, np.int64), "action_prefix": prefix}
+    chunk = policy.predict_action_chunk(late)
+    assert np.array_equal(chunk[:, :1], prefix)
+    with pytest.raises(InputError, match="predict_action_chunk"):
+        policy.select_action(late)
+
+
 def test_served(models) -> None:
     """The stream that arrives is the stream that the model gives."""
     pytest.importorskip("websockets")
@@ -90,5 +101,9 @@ def test_served(models) -> None:
         model.seed(5)
         want = model.act(obs)
         assert np.array_equal(np.concatenate([p.actions for p in packets if len(p.indices)]), want.actions)
-        assert client.infer(obs)["actions"].shape == want.actions.shape
+        answer = client.infer(obs)
+        assert answer["actions"].shape == want.actions.shape
+        assert {"first_ms", "vision_ms", "infer_ms"} <= set(answer["policy_timing"])
+        assert not any(k.endswith("_ms_ms") for k in answer["policy_timing"])
+        assert set(want.timing) <= set(packets[-1].chunk.timing)
         assert len(list(client.stream(obs, actions=2))[-1].chunk.actions) == model.horizon

@@ -163,6 +163,8 @@ HOSTILE = {
     "float shape": nd(b"1234", "<f4", (1.0,)),
     "huge shape": nd(b"", "<f4", (2**31, 0)),
     "overflowing shape": nd(b"", "<f4", (2**30,) * 8),
+    "empty with huge sizes": nd(b"", "<f4", (0, 2**31 - 1, 2**31 - 1, 2**31 - 1)),
+    "empty booleans with huge sizes": nd(b"", "|b1", (2**31 - 1,) * 5 + (0,)),
     "rank": nd(b"1234", "<f4", (1,) * 9),
     "boolean shape": nd(b"1234", "<f4", (True,)),
     "shape is a number": encode({b"__ndarray__": True, b"data": b"1234", b"dtype": "<f4", b"shape": 1}),
@@ -265,7 +267,7 @@ def test_text_is_no_request():
 
 def chunk(h=6, d=2, done=5):
     rows = np.arange(h)
-    return ActionChunk(np.arange(h * 3, dtype=np.float32).reshape(h, 3), (rows >= d) & (rows < done), {"first": 1.5})
+    return ActionChunk(np.arange(h * 3, dtype=np.float32).reshape(h, 3), (rows >= d) & (rows < done), {"first_ms": 1.5})
 
 
 def test_stream_there_and_back():
@@ -278,7 +280,7 @@ def test_stream_there_and_back():
     )
     assert end.packet.final and end.packet.indices.tolist() == [4] and (end.packet.actions == c.actions[4:5]).all()
     assert (end.packet.chunk.actions == c.actions).all() and (end.packet.chunk.valid == c.valid).all()
-    assert end.packet.chunk.delay == 2 and end.packet.chunk.timing["first"] == 1.5
+    assert end.packet.chunk.delay == 2 and end.packet.chunk.timing["first_ms"] == 1.5
     assert end.fields["server_timing"] == {"infer_ms": 7.0}
 
 

@@ -100,6 +100,11 @@ def test_server_side_streaming_modes(policy):
     with PolicyServer(policy, port=0, stream="always") as server, PolicyClient(server.uri) as client:
         client._socket.send(encode({"prompt": "x"}))
         assert decode(client._socket.recv(5))["type"] == "partial"
+    with PolicyServer(policy, port=0, stream="always") as server, PolicyClient(server.uri) as client:
+        for number in range(2, 4):  # whole answers, and none of the packets of the one before
+            answer = client.infer({"prompt": "x"})
+            assert answer["actions"].shape == (HORIZON, DIMS)
+            assert (answer["actions"][:, 0] == number - 1).all()
     with PolicyServer(policy, port=0, stream="never") as server, PolicyClient(server.uri) as client:
         assert len(list(client.stream({"prompt": "x"}))) == 1
 
@@ -205,7 +210,16 @@ def test_browsers_are_refused(dial, server):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"port": -1}, {"port": "x"}, {"stream": "x"}, {"connections": 0}, {"token": "a\nb"}, {"send_timeout": 0}]
+    "bad",
+    [
+        {"port": -1},
+        {"port": "x"},
+        {"stream": "x"},
+        {"connections": 0},
+        {"token": "a\nb"},
+        {"token": " a"},
+        {"send_timeout": 0},
+    ],
 )
 def test_bad_options(bad):
     with pytest.raises(InputError):
@@ -215,6 +229,8 @@ def test_bad_options(bad):
 def test_a_taken_port_is_a_clear_error(server):
     with pytest.raises(ServerError, match="choose another"):
         PolicyServer(FakePolicy(), port=server.port).start()
+    with pytest.raises(ServerError, match="choose another"):
+        PolicyServer(FakePolicy(), port=server.port).run()
 
 
 def test_too_many_clients(dial, policy):

@@ -10,8 +10,8 @@ from engine.blocks.observation.profile import (
     View,
     lerobot_pi05,
     lerobot_xvla,
-    profile,
     openpi_pi05,
+    profile,
     relative_mask,
 )
 from engine.blocks.observation.prompt import TextEncoder, digitize, padded_tokens, prompt_tokens, text_encoder
@@ -33,10 +33,10 @@ __all__ = [
     "digitize",
     "lerobot_pi05",
     "lerobot_xvla",
+    "openpi_pi05",
     "padded_tokens",
     "profile",
     "prompt_tokens",
-    "openpi_pi05",
     "relative_mask",
     "text_encoder",
     "xvla_action_space",

@@ -196,7 +196,7 @@ def lerobot_pi05(
 def openpi_pi05(
     cameras: Sequence[str], robot_dim: int, *, model_dim: int = 32, size: tuple[int, int] = (224, 224), **more: Any
 ) -> InputProfile:
-    """openpi's pi0.5, whose files do not name the robot: observations hold the slots themselves, `state` and `prompt`."""
+    """openpi's pi0.5, whose files do not name the robot: observations hold the model's slots, `state` and `prompt`."""
     views = tuple(View(key, key) for key in cameras)
     space = ActionSpace("pi05", model_dim, robot_dim)
     return InputProfile("openpi-pi05", views, ImageRule("pad-pil", size), ("state",), space, **more)
