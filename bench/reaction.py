@@ -40,8 +40,12 @@ def main(names: Sequence[str] = (), count: int = 200) -> None:
                 caught, n = sum(e.won for e in played), len(played)
                 low, high = episodes.wilson(caught, n)
                 reactions = [e.reaction for e in played if np.isfinite(e.reaction)]
+                ideal = sum(
+                    episodes.play(episodes.expert(f, model.schedule), model.schedule, mode, f, 0).won for f in flights
+                )
                 report.add(
                     model=name, mode=mode.name, caught=caught, episodes=n, rate=caught / n, interval=(low, high),
+                    expert=ideal,
                     ttfa_ms=mode.first, delay=mode.delay, execute=mode.execute,
                     executed=episodes.executed(model.schedule, mode), reacted=len(reactions),
                     reaction_ms=float(np.mean(reactions)), requests=float(np.mean([e.requests for e in played])),
@@ -49,5 +53,5 @@ def main(names: Sequence[str] = (), count: int = 200) -> None:
                     caught_each="".join(".x"[e.won] for e in played),
                 )  # fmt: skip
                 print(f"{name:<10} {mode.name:<10} caught {caught:>3}/{n}, {caught / n:.1%} ({low:.1%} to {high:.1%}), "
-                      f"reaction {np.mean(reactions):.0f} ms", flush=True)  # fmt: skip
+                      f"reaction {np.mean(reactions):.0f} ms; expert {ideal}/{count}", flush=True)  # fmt: skip
     print("written:", report.save())

@@ -85,8 +85,8 @@ def film(played: dict[str, list[episodes.Episode]], flights: list[task.Balls], c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["pi05-tiny"], choices=sorted(episodes.RTX4060))
-    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--model", nargs="+", default=sorted(episodes.RTX4060), choices=sorted(episodes.RTX4060))
+    parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--film", type=int, default=4, help="episodes in the film, 0 for none")
     parser.add_argument("--out", type=Path, help="of the film (default: .cache/demo/faster-<model>.gif)")
     parser.add_argument("--seed", type=int, default=3)

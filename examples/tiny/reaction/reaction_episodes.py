@@ -67,8 +67,8 @@ def _modes(base: float, first: float, step: float, execute: int, streamed: int) 
 #: The RTX 4060 of the paper: TTFA and s from table 2; ms per call while streaming from table 4.
 RTX4060 = {"pi05-tiny": _modes(303.3, 238.6, 14.0, 10, 8), "xvla-tiny": _modes(399.5, 129.2, 29.0, 12, 6)}
 
-#: One chunk [H, 2] in metres: (observation, noise seed, mode, actions wanted) -> (actions, ms until each is there).
-Ask = Callable[[dict, int, Mode, int | None], tuple[np.ndarray, np.ndarray]]
+#: A chunk: (observation, tick, noise seed, mode, actions wanted) -> [H, 2] in metres, and ms until each is there [H].
+Ask = Callable[[dict, int, int, Mode, int], tuple[np.ndarray, np.ndarray]]
 
 
 def arrivals(schedule: HorizonSchedule, mode: Mode, committed: int) -> np.ndarray:
@@ -100,13 +100,26 @@ def policy(model: FlowPolicy) -> Ask:
     """Chunks of a loaded policy."""
     constant = HorizonSchedule.constant(model.horizon, model.schedule.steps)
 
-    def ask(obs: dict, seed: int, mode: Mode, wanted: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def ask(obs: dict, tick: int, seed: int, mode: Mode, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         shape = model.flow.sizes[2:]
         noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
         streams = mode.name == "FASTER"
         chunk = model.act(obs, noise=noise, actions=wanted if streams else None,
                           schedule=model.schedule if streams else constant)  # fmt: skip
         return chunk.actions, arrivals(model.schedule, mode, int(obs.get("delay", 0)))
+
+    return ask
+
+
+def expert(flight: task.Balls, schedule: HorizonSchedule) -> Ask:
+    """Chunks of the expert, who sees the true ball but lives under the same clock: what a perfect policy reaches."""
+
+    def ask(obs: dict, tick: int, seed: int, mode: Mode, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        d, target = int(obs.get("delay", 0)), flight.known(np.array([float(tick)]))
+        prefix = np.reshape(obs.get("action_prefix", []), (d, 2))
+        begin = prefix[-1] if d else np.asarray(obs["observation.state"], np.float64)
+        chunk = np.concatenate([prefix, task.plan(begin[None], target, schedule.horizon - d)[0]])
+        return chunk, arrivals(schedule, mode, d)
 
     return ask
 
@@ -156,7 +169,7 @@ def play(ask: Ask, schedule: HorizonSchedule, mode: Mode, flight: task.Balls, se
                 at = tick - now.origin
                 obs |= {"delay": d, "action_prefix": now.actions[at : at + d]}
                 committed = d
-            actions, there = ask(obs, seed * 1000 + requests, mode, s)
+            actions, there = ask(obs, tick, seed * 1000 + requests, mode, s)
             requests += 1
             # Without a prefix the chunk begins when its first action is there.
             begin = tick if committed else tick + max(math.ceil(there[0] / TICK), 1) - 1
