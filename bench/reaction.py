@@ -40,7 +40,8 @@ def main(names: Sequence[str] = (), count: int = 200) -> None:
                 caught, n = sum(e.won for e in played), len(played)
                 low, high = episodes.wilson(caught, n)
                 reactions = [e.reaction for e in played if np.isfinite(e.reaction)]
-                ideal = sum(
+                by = [episodes.expert(f, model.schedule) for f in flights]
+                ideal = sum(episodes.play(e, model.schedule, mode, f, 0).won for e, f in zip(by, flights))
                     episodes.play(episodes.expert(f, model.schedule), model.schedule, mode, f, 0).won for f in flights
                 )
                 report.add(
