@@ -42,8 +42,6 @@ def main(names: Sequence[str] = (), count: int = 200) -> None:
                 reactions = [e.reaction for e in played if np.isfinite(e.reaction)]
                 by = [episodes.expert(f, model.schedule) for f in flights]
                 ideal = sum(episodes.play(e, model.schedule, mode, f, 0).won for e, f in zip(by, flights))
-                    episodes.play(episodes.expert(f, model.schedule), model.schedule, mode, f, 0).won for f in flights
-                )
                 report.add(
                     model=name, mode=mode.name, caught=caught, episodes=n, rate=caught / n, interval=(low, high),
                     expert=ideal,

@@ -118,4 +118,4 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    main(RECIPE, __doc__, __file__, steps=1200, observations=96, draws=1, lr=2e-3)
+    main(RECIPE, __doc__, __file__, steps=1900, observations=96, draws=1, lr=2e-3)
