@@ -1,4 +1,4 @@
-"""What flow policies share: requests, the flow state, streaming, deadlines, timing. A model adds its prefix and steps.
+"""What flow policies share: requests, the flow state, streaming. A model adds its prefix and its steps.
 
 A request is: preprocessing on the host, the prefix plan, then one step plan per network call. Which rows leave after
 which step is a function of the schedule alone, so nothing is read back to find out. Source: FASTER, sections 3 and 4.
@@ -6,226 +6,26 @@ which step is a function of the schedule alone, so nothing is read back to find 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from engine.blocks.observation import InputProfile, ModelInput, Preprocessor, TextEncoder, profile, text_encoder
+from engine.blocks.clock import Clock
+from engine.blocks.observation import InputProfile, ModelInput
 from engine.blocks.packets import ActionChunk, ActionPacket
+from engine.blocks.policy_options import PolicyOptions
 from engine.blocks.schedule import HorizonSchedule, ScheduleTable, warn_untrained
-from engine.errors import ConfigError, DeadlineError, EngineError, InputError, TokenizerError
+from engine.errors import EngineError, InputError
 from engine.io.checkpoint import Checkpoint, Source
-from engine.io.files import member
-from engine.io.sidecar import Sidecar, read_sidecar
-from engine.io.statistics import MODES, Statistics, read_lerobot_processor, read_norm_stats
+from engine.ops.dispatch import strict as strict_dispatch
 from engine.ops.flow import FlowState
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import parse_dtype
+from engine.runtime.device import on
 from engine.runtime.fit import require
 from engine.runtime.model import Model
-
-MAX_BATCH = 64
-RING = 3
-TIME_SLOTS = 4
-SMOOTHING = 0.2  # of the measured stage times that deadlines are judged by
-DOUBT = 0.9  # what is left of such a time once it has refused a request: refused work measures nothing
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """Checked options of a load."""
-
-    name: str
-    device: str
-    dtype: str
-    quant: str | None
-    strict: bool
-    progress: bool
-    batch: int
-    schedule: HorizonSchedule
-    trained: HorizonSchedule | None
-    max_delay: int
-    preprocess: Preprocessor
-    time_room: int = 0  # at least so many rows per table of times
-
-    @property
-    def time_slots(self) -> int:
-        """Delays whose tables of times are kept; the chunks of a batch may all differ."""
-        return max(TIME_SLOTS, self.batch)
-
-    @property
-    def ring(self) -> int:
-        """Chunks whose rows stay readable."""
-        return self.batch + RING
-
-    @property
-    def dims(self) -> int:
-        """Dimensions of an action of the robot."""
-        return self.preprocess.profile.action.robot_dim
-
-    @cached_property
-    def time_rows(self) -> int:
-        """Most distinct flow times that one delay needs."""
-        if self.schedule.is_constant:  # those of the steps, and zero for committed actions
-            return max(self.time_room, self.schedule.steps + min(self.max_delay, 1))
-        return max(self.time_room, *(len(self.schedule.at(d).values) for d in range(self.max_delay + 1)))
-
-    @staticmethod
-    def of(
-        folder: Path | None,
-        default: InputProfile,
-        *,
-        name: str,
-        horizon: int,
-        steps: int,
-        checkpoint_dtype: str = "float32",
-        vocab: int | None = None,
-        device: str = "cpu",
-        dtype: object = "auto",
-        quant: str | None = None,
-        strict: bool = False,
-        progress: bool = True,
-        batch: int = 1,
-        schedule: str | HorizonSchedule | None = None,
-        alpha: float | None = None,
-        u0: float | None = None,
-        num_steps: int | None = None,
-        ready_threshold: float | None = None,
-        max_delay: int | None = None,
-        profile: str | InputProfile | None = None,
-        statistics: Statistics | str | Path | None = None,
-        tokenizer: TextEncoder | None = None,
-    ) -> PolicyOptions:
-        """From a folder's side files and the arguments of a load; arguments win over faster.json, that over defaults.
-
-        schedule: 'has' (with alpha and u0), 'const', or a HorizonSchedule; default: what faster.json says, else
-        'const'. max_delay: committed actions that tables are sized for, default horizon - 1. profile: an InputProfile
-        (taken as it is) or the name of a preset (faster.json adapts it). statistics: of the training data, or the path
-        of a norm_stats.json.
-        """
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
-            raise InputError(f"batch={batch!r} is not an integer in [1, {MAX_BATCH}]")
-        parsed = parse_dtype(checkpoint_dtype if dtype in ("auto", None) else dtype)
-        if parsed == "f16" and dtype in ("auto", None):
-            parsed = "f32"
-        sidecar = read_sidecar(folder) if folder is not None else None
-        trained = _trained(sidecar, horizon, steps)
-        asked = _asked(schedule, trained, sidecar, horizon, num_steps or _said(sidecar, "num_steps", steps),
-                       {"alpha": alpha, "u0": u0, "ready_threshold": ready_threshold})  # fmt: skip
-        limit = horizon - 1
-        delays = _said(sidecar, "max_delay", limit) if max_delay is None else max_delay
-        if isinstance(delays, bool) or not isinstance(delays, int) or not 0 <= delays <= limit:
-            raise InputError(f"max_delay={delays!r} is not an integer in [0, {limit}] for chunks of {horizon} actions")
-        chosen = profile if isinstance(profile, InputProfile) else _profile(profile, default).with_sidecar(sidecar)
-        _fits(chosen, default)
-        found = _statistics(folder, statistics)
-        encoder = tokenizer or _encoder(folder)
-        return PolicyOptions(
-            name, device, parsed, quant, strict, progress, batch, asked, trained, delays,
-            Preprocessor(chosen, found, encoder, vocab),
-        )  # fmt: skip
-
-
-def _said(sidecar: Sidecar | None, key: str, default: Any) -> Any:
-    value = getattr(sidecar, key) if sidecar is not None else None
-    return default if value is None else value
-
-
-def _trained(sidecar: Sidecar | None, horizon: int, steps: int) -> HorizonSchedule | None:
-    if sidecar is None or sidecar.alpha is None or sidecar.u0 is None:
-        return None
-    return HorizonSchedule(horizon, _said(sidecar, "num_steps", steps), sidecar.alpha, sidecar.u0,
-                           _said(sidecar, "ready_threshold", 0.01))  # fmt: skip
-
-
-def _asked(
-    schedule: str | HorizonSchedule | None, trained: HorizonSchedule | None, sidecar: Sidecar | None, horizon: int,
-    steps: int, given: dict[str, float | None],
-) -> HorizonSchedule:  # fmt: skip
-    numbers = {k: v for k, v in given.items() if v is not None}
-    if isinstance(schedule, HorizonSchedule):
-        if numbers or schedule.horizon != horizon:
-            raise InputError(f"schedule is complete already, and its horizon must be {horizon}; drop alpha, u0, ...")
-        return schedule
-    kind = schedule or _said(sidecar, "schedule", "has" if "alpha" in numbers or "u0" in numbers else "const")
-    threshold = numbers.get("ready_threshold", _said(sidecar, "ready_threshold", 0.01))
-    if kind == "const":
-        return HorizonSchedule.constant(horizon, steps).replace(ready_threshold=threshold)
-    if kind != "has":
-        raise InputError(f"schedule={kind!r} is not 'has', 'const' or a HorizonSchedule")
-    base = {"alpha": trained.alpha, "u0": trained.u0} if trained else {}
-    values = base | {k: numbers[k] for k in ("alpha", "u0") if k in numbers}
-    if len(values) < 2:
-        raise InputError(
-            "schedule 'has' needs alpha= and u0= of the training: no checkpoint stores them, and this folder has no "
-            "faster.json (published policies: 0.6 and 0.9; X-VLA 0.7 and 0.9)"
-        )
-    return HorizonSchedule(horizon, steps, values["alpha"], values["u0"], threshold)
-
-
-def _profile(asked: str | None, default: InputProfile) -> InputProfile:
-    return default if asked is None else profile(asked)
-
-
-def _fits(asked: InputProfile, own: InputProfile) -> None:
-    """ConfigError where a profile describes another model than the weights' own: a request would fail, or worse not."""
-    padded = own.prompt == "padded"
-    for what, got, want, good in (
-        ("image slots", len(asked.views), len(own.views), len(asked.views) <= len(own.views)),
-        ("channels of an action", asked.action.model_dim, own.action.model_dim,
-         asked.action.model_dim == own.action.model_dim),
-        ("gripper channels", asked.action.grippers, own.action.grippers,
-         asked.action.grippers == own.action.grippers),
-        ("values of the state vector", asked.proprio_dim, own.proprio_dim, asked.proprio_dim == own.proprio_dim),
-        ("prompt", asked.prompt, own.prompt, (asked.prompt == "padded") == padded),
-        ("tokens", asked.max_tokens, own.max_tokens,
-         asked.max_tokens == own.max_tokens or (not padded and asked.max_tokens < own.max_tokens)),
-    ):  # fmt: skip
-        if not good:
-            raise ConfigError(f"profile {asked.name} has {what} {got}, these weights {want}; adapt it with replace()")
-
-
-def norms_of(mapping: Mapping[str, str]) -> dict[str, str]:
-    """`state_norm` and `action_norm` of a profile, by lerobot's normalization_mapping."""
-    out = {}
-    for field_, kind in (("state_norm", "STATE"), ("action_norm", "ACTION")):
-        mode = mapping.get(kind, "IDENTITY")
-        if mode not in MODES:
-            raise ConfigError(f"normalization_mapping.{kind} = {mode} is not supported; there are {', '.join(MODES)}")
-        out[field_] = MODES[mode]
-    return out
-
-
-def _statistics(folder: Path | None, given: Statistics | str | Path | None) -> Statistics | None:
-    if isinstance(given, Statistics):
-        return given
-    if given is not None:
-        return read_norm_stats(given)
-    if folder is None:
-        return None
-    direct = member(folder, "norm_stats.json", ConfigError)
-    assets = sorted(folder.glob("assets/*/norm_stats.json"))
-    if direct.exists() or len(assets) == 1:
-        return read_norm_stats(direct if direct.exists() else assets[0])
-    processor = read_lerobot_processor(folder)
-    return processor.statistics if processor is not None else None
-
-
-def _encoder(folder: Path | None) -> TextEncoder | None:
-    if folder is None:
-        return None
-    try:
-        return text_encoder(folder)
-    except TokenizerError:
-        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            raise  # there is one, and it is damaged
-        return None  # observations must bring tokens; Preprocessor says so
 
 
 class ViewsSeen:
@@ -255,107 +55,32 @@ class ViewsSeen:
             self._last[i], self._absent[i] = None, False
 
 
-@dataclass
-class Timing:
-    """Milliseconds of one request since it began: T_first, T_s, T_H, and each stage by itself."""
-
-    first: float | None = None
-    enough: float | None = None
-    last: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-    steps: list[float] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, float]:
-        """For a server's answer: `<stage>_ms`, `first_ms`, `enough_ms`, `last_ms`."""
-        out = {f"{k}_ms": v for k, v in self.stages.items()}
-        marks = {"first_ms": self.first, "enough_ms": self.enough, "last_ms": self.last}
-        return out | {k: v for k, v in marks.items() if v is not None}
-
-
-class Clock:
-    """Stages of the request that runs, what they usually take, and its deadline."""
-
-    def __init__(self, model: str, now: Callable[[], float] = time.perf_counter) -> None:
-        self._model, self.now = model, now
-        self.usual: dict[str, float] = {}
-        self.begin(None)
-
-    def begin(self, deadline_ms: float | None, spent: float = 0.0) -> None:
-        """`spent`: milliseconds that preprocessing took already; they count."""
-        self.start, self.timing = self.now() - spent / 1e3, Timing()
-        if spent:
-            self.timing.stages["preprocess"] = spent
-        self.deadline = deadline_ms
-
-    @property
-    def elapsed(self) -> float:
-        return (self.now() - self.start) * 1e3
-
-    @contextmanager
-    def stage(self, name: str, kind: str | None = None, ahead: int = 1) -> Iterator[None]:
-        """Measures; DeadlineError if the deadline would pass before the stage ends, or has passed when it ends.
-
-        kind: of the work, where a stage of this name is not always the same amount; ahead: so many such stages are
-        needed before the first action.
-        """
-        kind = kind or name
-        usual = self.usual.get(kind, 0.0)
-        times = "" if ahead == 1 else f", {ahead} times,"
-        try:
-            self.promise(ahead * usual, f"{name} usually takes{times}")
-        except DeadlineError:
-            self.usual[kind] = DOUBT * usual  # or one slow moment would refuse every request from now on
-            raise
-        before = self.elapsed
-        yield
-        took = self.elapsed - before
-        usual = self.usual.get(kind, took)
-        self.usual[kind] = usual + SMOOTHING * (took - usual)
-        if name == "step":
-            self.timing.steps.append(took)
-        else:
-            self.timing.stages[name] = self.timing.stages.get(name, 0.0) + took
-        self.promise(0.0, f"{name} took {took:.1f} ms")
-
-    def promise(self, ahead: float, why: str) -> None:
-        """DeadlineError unless `ahead` more milliseconds fit."""
-        if self.deadline is not None and self.timing.first is None and self.elapsed + ahead > self.deadline:
-            more = f"{why} {ahead:.1f} ms" if ahead else why
-            raise DeadlineError(
-                f"model {self._model!r} has no action within {self.deadline:g} ms: {self.elapsed:.1f} ms have passed "
-                f"and {more}; allow more time, load fewer views, or use a horizon-aware schedule"
-            )
-
-
 class FlowPolicy(Model):
     """Base of pi0.5 and X-VLA. Verbs: `act`, `act_stream`, `reset`; see there."""
 
     rule: str
     config_type: Any
+    weights: Any
+    flow: FlowState
 
     @classmethod
     def load(cls, folder: Path, *, source: Source | None = None, **options: Any) -> Self:
         """From a folder in a published layout; `source` replaces its weight files. Options: see `PolicyOptions.of`."""
         config = cls.config_of(folder)
         checked = cls.options_of(config, folder, **options)
-        parts = cls.made_of(config, None, checked).arena.summary()
+        parts = cls(config, None, checked, record=False).arena.summary()
         require(parts, checked.device, "load with quant='int8', or a smaller batch=")
         if source is not None:
-            return cls.made_of(config, source, checked)
+            return cls(config, source, checked)
         with Checkpoint(folder) as checkpoint:
-            return cls.made_of(config, checkpoint, checked)
-
-    @classmethod
-    def made_of(cls, config: Any, source: Source | None, options: PolicyOptions) -> Self:
-        """Packs the weights of `source` and captures every plan; without one a sketch, whose plans cannot run."""
-        return cls(config, source, options)  # type: ignore[arg-type]  # subclasses take these three
+            return cls(config, checkpoint, checked)
 
     @classmethod
     def sketch(cls, config: dict, **options: Any) -> Self:
         """The model of a config.json without memory: every buffer is laid out and every plan recorded, none can run."""
         parsed = cls.parse(config)
         profile = cls.default_profile(parsed).replace(state_norm="identity", action_norm="identity")
-        return cls.made_of(parsed, None, cls.options_of(parsed, None, profile=profile, **options))
+        return cls(parsed, None, cls.options_of(parsed, None, profile=profile, **options))
 
     @classmethod
     def plan(
@@ -394,25 +119,57 @@ class FlowPolicy(Model):
         """Token ids are below this."""
         return config.vocab_size
 
-    def __init__(self, arena: Arena, flow: FlowState, options: PolicyOptions) -> None:
-        super().__init__(options.name, arena)
-        self.options = options
-        self.flow = flow
-        self.views_seen = ViewsSeen(len(options.preprocess.profile.views))
-        self.clock = Clock(options.name)
+    def __init__(self, config: Any, source: Source | None, options: PolicyOptions, record: bool = True) -> None:
+        """Packs the weights of `source` and captures every plan. Without a source a sketch, whose plans cannot run;
+        record=False: not even those."""
+        o = options
+        arena = Arena(o.device, dry=source is None)
+        self.config, self.options = config, o
+        with strict_dispatch(o.strict):
+            self.weights = self._load(source, arena)
+        with on(o.device):
+            self.flow = self._allocate(arena)
+        super().__init__(o.name, arena)
+        self.weight_notes = self.weights.notes
+        if config.assumed:
+            self.notes.append(f"neither files nor tensors say {', '.join(config.assumed)}: defaults were taken")
+        if self.weights.skipped:
+            self.notes.append(f"skipped {len(self.weights.skipped)} tensors that no action depends on")
+        self.views_seen = ViewsSeen(len(o.preprocess.profile.views))
+        self.clock = Clock(o.name)
         self._requests = 0
         self._slots: dict[tuple, int] = {}  # (schedule, delay) -> slot of the time tables, least recently used first
         self._warned = False
         self._rng = np.random.default_rng()
         if not arena.dry:
-            low, high = options.preprocess.action_map.limits or (np.full(options.dims, -np.inf, np.float32),
-                                                                 np.full(options.dims, np.inf, np.float32))  # fmt: skip
-            flow.low.write(low)
-            flow.high.write(high)
-            flow.step.write(np.full(options.batch, options.schedule.steps, np.int32))  # nothing to do yet
-            flow.due.write(np.full(flow.due.shape, -1, np.int32))
+            none = np.full(o.dims, np.inf, np.float32)
+            low, high = o.preprocess.action_map.limits or (-none, none)
+            self.flow.low.write(low)
+            self.flow.high.write(high)
+            self.flow.step.write(np.full(o.batch, o.schedule.steps, np.int32))  # nothing to do yet
+            self.flow.due.write(np.full(self.flow.due.shape, -1, np.int32))
+            self._prepare()
+        arena.seal()
+        if record:
+            with strict_dispatch(o.strict), on(o.device):
+                self._capture()
 
     # ------------------------------------------------------------------------------------------ for subclasses
+    def _load(self, source: Source | None, arena: Arena) -> Any:
+        """The packed weights, with `notes` and `skipped`; without a source only their places."""
+        raise NotImplementedError
+
+    def _allocate(self, arena: Arena) -> FlowState:
+        """Every other buffer."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """What must be in the buffers before the first request."""
+
+    def _capture(self) -> None:
+        """Records every plan."""
+        raise NotImplementedError
+
     def _prefix(self, b: int, views: list[np.ndarray | None], given: ModelInput) -> None:
         """Runs what depends on the observation alone, for chunk b."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ from engine.models.xvla.model import XVLA
 from engine.runtime import cuda
 
 sys.path.insert(0, str(build.ROOT / "tests/models"))
-from test_flow_engine import small_folder
+from _faster import small_folder, small_pi05, small_xvla
 
 # Nodes of a step: rows and product of four matrices, append and attend, per layer; outside the layers begin, end, and
 # rows and product of two matrices (X-VLA: and the gathering of its sequence).
@@ -40,8 +40,6 @@ LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    from _faster import small_pi05, small_xvla
-
     made = {"pi05": small_pi05(3, hidden_size=64, expert_hidden_size=64), "xvla": small_xvla(3)}
     return {kind: small_folder(tmp_path_factory.mktemp(kind), model) for kind, model in made.items()}
 

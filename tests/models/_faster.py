@@ -145,3 +145,13 @@ def write_folder(folder: Path, config: dict | None, tensors: dict[str, torch.Ten
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def small_folder(home: Path, model: Pi05Reference | XVLAReference) -> Path:
+    c = model.config
+    raw = c.to_json() | {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}}
+    if raw["type"] == "pi05":  # cameras by lerobot's names
+        views = {k: v for k, v in raw["input_features"].items() if v["type"] == "VISUAL"}
+        rest = {k: v for k, v in raw["input_features"].items() if k not in views}
+        raw["input_features"] = {f"observation.images.{k}": v for k, v in views.items()} | rest
+    return write_folder(home, raw, {f"model.{k}": v for k, v in model.state_dict().items()})

@@ -46,7 +46,7 @@ def load(kind: str, folder: Path, **options: Any) -> FlowPolicy:
     asked = schedule or HorizonSchedule.constant(config.horizon, steps or config.steps)
     made = model.options_of(config, folder, schedule=asked, statistics=ANY, progress=False, **options)
     with Checkpoint(folder) as source:
-        return model.made_of(config, source, replace(made, time_room=config.horizon * asked.steps))
+        return model(config, source, replace(made, time_room=config.horizon * asked.steps))
 
 
 def request(

@@ -30,33 +30,41 @@ class PeerCase:
     greedy: np.ndarray  # [64] int64, the greedy continuation of ids
 
 
-def peer_python() -> Path:
-    """The peer environment's interpreter; fails the test that asks when there is none."""
-    python = Path(os.environ.get("QUINTET_PEER_TRANSFORMERS", ROOT / ".venvs/transformers/bin/python"))
+def peer_python(name: str) -> Path:
+    """Interpreter of the peer environment .venvs/<name>; fails the test that asks when there is none."""
+    variable = f"QUINTET_PEER_{name.upper()}"
+    python = Path(os.environ.get(variable, ROOT / ".venvs" / name / "bin/python"))
     if not python.is_file():
-        pytest.fail(f"no peer environment at {python}: run `./run peers`, or set QUINTET_PEER_TRANSFORMERS")
+        pytest.fail(f"no peer environment at {python}: run `./run peers`, or set {variable}")
     return python
+
+
+def made_once(what: str, script: Path, peer: str, seed: int, cases: int) -> Path:
+    """The folder that `script` fills in the environment of a peer; kept under the hash of the script and arguments."""
+    key = hashlib.sha256(script.read_bytes() + f"{seed}/{cases}".encode()).hexdigest()[:16]
+    folder = ROOT / ".cache/peers" / f"{what}-{key}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+    command = [str(peer_python(peer)), str(script), str(made), "--seed", str(seed), "--cases", str(cases)]
+    # The peer imports nothing of this repository.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        shutil.rmtree(made)
+        pytest.fail(f"{script.name} failed:\n{done.stderr[-3000:]}")
+    try:
+        made.rename(folder)  # complete or not there at all
+    except OSError:  # another test process was faster
+        shutil.rmtree(made)
+    return folder
 
 
 @functools.cache
 def peer_cases() -> list[PeerCase]:
     """All cases, in order; the first call of a new script or seed takes about a minute."""
-    key = hashlib.sha256(SCRIPT.read_bytes() + f"{SEED}/{CASES}".encode()).hexdigest()[:16]
-    folder = ROOT / ".cache/peers" / f"nemotron-{key}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
-        command = [str(peer_python()), str(SCRIPT), str(made), "--seed", str(SEED), "--cases", str(CASES)]
-        # The peer imports nothing of this repository.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            shutil.rmtree(made)
-            pytest.fail(f"{SCRIPT.name} failed:\n{done.stderr[-3000:]}")
-        try:
-            made.rename(folder)  # complete or not there at all
-        except OSError:  # another test process was faster
-            shutil.rmtree(made)
+    folder = made_once("nemotron", SCRIPT, "transformers", SEED, CASES)
     cases = []
     for path in sorted(folder.glob("case-*")):
         t = load_file(path / "peer.safetensors")

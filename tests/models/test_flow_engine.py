@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _faster import DATA, PI05_JSON, XVLA_JSON, golden, small_pi05, small_xvla, write_folder
+from _faster import DATA, PI05_JSON, XVLA_JSON, golden, small_folder, small_pi05, small_xvla, write_folder
 from _flow_engine import KINDS, given_times, load, peer_sample, request, sample, stream
 from _peer_faster import CASES, TOLERANCE, compare, flow_cases
 
@@ -286,16 +286,6 @@ def test_int8_stays_near(tmp_path: Path, kind: str) -> None:
     schedule = exact.schedule
     a, b = (sample(m, given, noise, schedule).ravel() for m in (exact, near))
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) >= 0.999
-
-
-def small_folder(home: Path, model) -> Path:
-    c = model.config
-    raw = c.to_json() | {"normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}}
-    if raw["type"] == "pi05":  # cameras by lerobot's names
-        views = {k: v for k, v in raw["input_features"].items() if v["type"] == "VISUAL"}
-        rest = {k: v for k, v in raw["input_features"].items() if k not in views}
-        raw["input_features"] = {f"observation.images.{k}": v for k, v in views.items()} | rest
-    return write_folder(home, raw, {f"model.{k}": v for k, v in model.state_dict().items()})
 
 
 def small_request(model: FlowPolicy, r: np.random.Generator):

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 
-from test_flow_engine import small_folder  # noqa: E402
+from _faster import small_folder, small_pi05  # noqa: E402
 
 from engine.errors import InputError  # noqa: E402
 from engine.serve.lerobot import LerobotPolicy  # noqa: E402
@@ -20,7 +20,6 @@ from engine.serve.lerobot import LerobotPolicy  # noqa: E402
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The small pi0.5, for one sample and for two at once."""
-    from _faster import small_pi05
     from _flow_engine import load
 
     reference = small_pi05(3)

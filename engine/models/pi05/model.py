@@ -15,23 +15,22 @@ from typing import Any
 import numpy as np
 
 from engine.blocks.observation import InputProfile, ModelInput, lerobot_pi05, openpi_pi05, relative_mask
-from engine.blocks.policy import FlowPolicy, PolicyOptions, norms_of
+from engine.blocks.policy import FlowPolicy
+from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
 from engine.blocks.vision import TowerBuffers, tower_layer
 from engine.blocks.weights import Shapes
 from engine.io.checkpoint import Source
 from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Pi05Config
-from engine.models.pi05.weights import Layer, load_weights, shapes
+from engine.models.pi05.weights import Layer, Weights, load_weights, shapes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops.attention import KVCache, attention, rope_table
 from engine.ops.conv import conv_patches
-from engine.ops.dispatch import strict as strict_dispatch
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather
 from engine.ops.gemm import Modulation, gemm
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import on
 from engine.runtime.plan import capture
 
 NODES_PER_LAYER = 5
@@ -68,24 +67,14 @@ class Pi05(FlowPolicy):
             delta_mask=relative if c.use_relative_actions else (), **norms_of(c.normalization_mapping),
         )  # fmt: skip
 
-    def __init__(self, config: Pi05Config, source: Source | None, options: PolicyOptions) -> None:
-        """Packs the weights and captures every plan; without a source a sketch, whose plans cannot run."""
-        c, o = config, options
-        self.config = c
-        arena = Arena(o.device, dry=source is None)
-        views = len(c.image_keys)
-        with strict_dispatch(o.strict):
-            self.weights = load_weights(c, source or Shapes(shapes(c)), arena, o.dtype, o.quant, views, o.progress)
-        with on(o.device):
-            self._allocate(arena, o)
-        super().__init__(arena, self._flow, o)
-        self.weight_notes = self.weights.notes
-        arena.seal()
-        with strict_dispatch(o.strict), on(o.device):
-            self._capture()
+    def _load(self, source: Source | None, arena: Arena) -> Weights:
+        c, o = self.config, self.options
+        places = source or Shapes(shapes(c))
+        return load_weights(c, places, arena, o.dtype, o.quant, len(self.config.image_keys), o.progress)
 
     # ------------------------------------------------------------------------------------------ memory
-    def _allocate(self, arena: Arena, o: PolicyOptions) -> None:
+    def _allocate(self, arena: Arena) -> FlowState:
+        o = self.options
         c, v, t, e = self.config, self.config.vision, self.config.trunk, self.config.expert
         views, batch, horizon = len(c.image_keys), o.batch, c.horizon
         room = views * v.tokens + c.tokenizer_max_length  # of a prefix
@@ -122,7 +111,7 @@ class Pi05(FlowPolicy):
             self._rope.write(rope_table(np.arange(ctx), t.head_dim, ROPE_THETA))
         vision_ctx = -(-v.tokens // 16) * 16
         cache = KVCache.empty(arena, "vision.kv", v.heads, v.head_dim, vision_ctx, kv, views, "workspace")
-        self._flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, horizon, c.action_dim, o.dims, o.ring)
+        flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, horizon, c.action_dim, o.dims, o.ring)
         self._actions = ws("actions", batch * horizon, c.action_dim)
         self._velocity = ws("velocity", batch * horizon, c.action_dim)
         self._time_rows = io("time_rows", batch * horizon)
@@ -139,6 +128,7 @@ class Pi05(FlowPolicy):
         sizes.append(attention_op.workspace_bytes(v.tokens, v.heads, v.head_dim, vision_ctx))
         self._ws = ws("ws", max(sizes), dtype="u8")
         self._tower = TowerBuffers(**tower, cache=cache, pos=self._zero, ws=self._ws)
+        return flow
 
     # ------------------------------------------------------------------------------------------ the plans
     def _capture(self) -> None:

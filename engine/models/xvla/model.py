@@ -16,26 +16,25 @@ import numpy as np
 
 from engine.blocks.observation import ActionSpace, InputProfile, ModelInput, lerobot_xvla
 from engine.blocks.observation import profile as preset
-from engine.blocks.policy import FlowPolicy, PolicyOptions, norms_of
+from engine.blocks.policy import FlowPolicy
+from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
 from engine.blocks.vision import TowerBuffers, tower_layer
 from engine.blocks.weights import Shapes
 from engine.errors import InputError
 from engine.io.checkpoint import Source
 from engine.models.xvla.config import NORM_EPS, TIME_PERIOD, XVLAConfig
-from engine.models.xvla.weights import Block, PerDomain, load_weights, shapes
+from engine.models.xvla.weights import Block, PerDomain, Weights, load_weights, shapes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops.attention import KVCache, Pads, attention
 from engine.ops.channel_attention import channel_attention
 from engine.ops.conv import conv_depthwise, conv_patches
-from engine.ops.dispatch import strict as strict_dispatch
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather, gather_mean
 from engine.ops.gemm import gemm
 from engine.ops.norm import norm
 from engine.runtime.arena import Arena, Tensor
-from engine.runtime.device import on
 from engine.runtime.plan import capture
 
 NODES_PER_LAYER = 5
@@ -79,26 +78,18 @@ class XVLA(FlowPolicy):
     def vocabulary(cls, config: XVLAConfig) -> int:
         return config.language.vocab_size
 
-    def __init__(self, config: XVLAConfig, source: Source | None, options: PolicyOptions) -> None:
-        """Packs the weights and captures every plan; without a source a sketch, whose plans cannot run."""
-        c, o = config, options
-        self.config = c
-        arena = Arena(o.device, dry=source is None)
-        with strict_dispatch(o.strict):
-            self.weights = load_weights(c, source or Shapes(shapes(c)), arena, o.dtype, o.quant, o.batch, o.progress)
-        with on(o.device):
-            self._allocate(arena, o)
-        super().__init__(arena, self._flow, o)
-        self.weight_notes = self.weights.notes
+    def _load(self, source: Source | None, arena: Arena) -> Weights:
+        c, o = self.config, self.options
+        places = source or Shapes(shapes(c))
+        return load_weights(c, places, arena, o.dtype, o.quant, o.batch, o.progress)
+
+    def _prepare(self) -> None:
         self._domain = -1
-        if not arena.dry:
-            self._choose_domain(o.preprocess.profile.domain)
-        arena.seal()
-        with strict_dispatch(o.strict), on(o.device):
-            self._capture()
+        self._choose_domain(self.options.preprocess.profile.domain)
 
     # ------------------------------------------------------------------------------------------ memory
-    def _allocate(self, arena: Arena, o: PolicyOptions) -> None:
+    def _allocate(self, arena: Arena) -> FlowState:
+        o = self.options
         c, v, t, p = self.config, self.config.vision, self.config.language, self.config.policy
         views, batch, kv = c.num_views, o.batch, "bf16" if o.dtype == "bf16" else "f32"
         grids = v.grids
@@ -142,13 +133,21 @@ class XVLA(FlowPolicy):
         self._seen = ws("vision.out", views * v.tokens, t.width)
         self._views = arena.alloc("views", (views * v.tokens, t.width), "f32", "state")
         length = v.tokens + c.tokenizer_max_length
+        m, width = batch * c.sequence, c.action_dim + c.proprio_dim + c.dim_time
+        sizes = [gemm_op.workspace_bytes(a, b) for a, b in (
+            *((views * n, max(k, m_, d)) for n, k, m_, d in zip(cells, patch, v.mlp, v.dims)),
+            (length, max(t.width, t.mlp)), (views * v.tokens, t.width), (m, max(p.width, p.mlp, width)))]  # fmt: skip
+        sizes += [attention_op.workspace_bytes(x.side, x.cache.kv_heads, x.cache.d, x.cache.ctx) for x in self._windows]
+        sizes += [attention_op.workspace_bytes(n, h, d // h, -(-n // 16) * 16) for n, h, d in (
+            (length, t.heads, t.width), (c.sequence, p.heads, p.width))]  # fmt: skip
+        self._ws = ws("ws", max(sizes), dtype="u8")
         self._tokens = io("tokens", c.tokenizer_max_length)
         self._counting = io("counting", v.tokens, value=np.arange(v.tokens))
         self._encoder = TowerBuffers(
             ws("encoder.x", length, t.width), ws("encoder.qkv", length, 3 * t.width),
             ws("encoder.mixed", length, t.width), ws("encoder.hidden", length, t.mlp),
             KVCache.empty(arena, "encoder.kv", t.heads, t.width // t.heads, -(-length // 16) * 16, kv, 1, "workspace"),
-            self._zero.slice(0, (1,)), ws("placeholder", 1, dtype="u8"),
+            self._zero.slice(0, (1,)), self._ws,
         )  # fmt: skip
         # What all steps of a chunk share, then the encoded actions: the sequence is gathered from here.
         self._fixed = c.context + c.len_soft_prompts
@@ -156,15 +155,13 @@ class XVLA(FlowPolicy):
         self._order = io("order", batch * c.sequence, value=_order(batch, c.horizon, self._fixed))
         self._leading = io("leading", batch * c.horizon, value=np.concatenate(
             [np.arange(c.horizon) + b * c.sequence for b in range(batch)]))  # fmt: skip
-        m = batch * c.sequence
         self._tower = TowerBuffers(
             ws("policy.x", m, p.width), ws("policy.qkv", m, 3 * p.width), ws("policy.mixed", m, p.width),
             ws("policy.hidden", m, p.mlp),
             KVCache.empty(arena, "policy.kv", p.heads, p.width // p.heads, -(-c.sequence // 16) * 16, kv, batch, "kv"),
-            self._zero, self._encoder.ws,
+            self._zero, self._ws,
         )  # fmt: skip
-        self._flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, c.horizon, c.action_dim, o.dims, o.ring)
-        width = c.action_dim + c.proprio_dim + c.dim_time
+        flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, c.horizon, c.action_dim, o.dims, o.ring)
         self._actions = ws("actions", batch * c.horizon, width)
         self._last = ws("policy.last", batch * c.horizon, p.width)
         self._predicted = ws("predicted", batch * c.horizon, c.action_dim)
@@ -173,13 +170,7 @@ class XVLA(FlowPolicy):
         self._proprio = io("proprio", batch, c.proprio_dim, dtype="f32") if c.proprio_dim else None
         grippers = np.isin(np.arange(c.action_dim), c.grippers).astype(np.int32)
         self._grippers = io("grippers", c.action_dim, value=grippers)
-        sizes = [gemm_op.workspace_bytes(a, b) for a, b in (
-            *((views * n, max(k, m_, d)) for n, k, m_, d in zip(cells, patch, v.mlp, v.dims)),
-            (length, max(t.width, t.mlp)), (views * v.tokens, t.width), (m, max(p.width, p.mlp, width)))]  # fmt: skip
-        sizes += [attention_op.workspace_bytes(x.side, x.cache.kv_heads, x.cache.d, x.cache.ctx) for x in self._windows]
-        sizes += [attention_op.workspace_bytes(n, h, d // h, -(-n // 16) * 16) for n, h, d in (
-            (length, t.heads, t.width), (c.sequence, p.heads, p.width))]  # fmt: skip
-        self._ws = self._encoder.ws = self._tower.ws = ws("ws", max(sizes), dtype="u8")
+        return flow
 
     # ------------------------------------------------------------------------------------------ the plans
     def _capture(self) -> None:
