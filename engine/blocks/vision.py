@@ -11,7 +11,10 @@ from engine.runtime.arena import Tensor
 
 @dataclass
 class TowerLayer:
-    """Weights of one layer: x += out(attention(qkv(norm1(x)))); x += fc2(gelu(fc1(norm2(x))))."""
+    """Weights of one layer: x += out(attention(qkv(norm1(x)))); x += fc2(gelu(fc1(norm2(x)))).
+
+    With `query`, qkv holds keys and values alone: few tokens have a query.
+    """
 
     norm1: Tensor
     norm1_bias: Tensor
@@ -25,6 +28,8 @@ class TowerLayer:
     fc1_bias: Tensor
     fc2: PackedMatrix
     fc2_bias: Tensor
+    query: PackedMatrix | None = None
+    query_bias: Tensor | None = None
 
 
 @dataclass
@@ -41,21 +46,40 @@ class TowerBuffers:
 
 
 def tower_layer(
-    w: TowerLayer, b: TowerBuffers, *, heads: int, eps: float, act: str = "gelu_tanh", label: str = "", last: int = 0
-) -> None:
+    w: TowerLayer, b: TowerBuffers, *, heads: int, eps: float, act: str = "gelu_tanh", label: str = "",
+    order: Tensor | None = None,
+) -> None:  # fmt: skip
     """One layer, in place on b.x: five nodes. Every token of a sequence sees all of it.
 
-    last: of a single sequence, only the first `last` tokens are wanted: the others only give their keys and values.
+    order: i32 [T], row r of the sequences lies at order[r] of b.x; default: at r.
     """
-    d = w.norm1.shape[0]
-    norm1 = {"prologue": "layer", "norm": w.norm1, "norm_bias": w.norm1_bias, "eps": eps, "ws": b.ws}
-    gemm(b.x, w.qkv, b.qkv, bias=w.qkv_bias, label=f"{label}.qkv", **norm1)  # type: ignore[arg-type]
-    q, k, v = (b.qkv.columns(i * d, d) for i in range(3))
-    attention(q, k, v, b.cache, b.pos, b.mixed, heads=heads, causal=False, ws=b.ws, label=f"{label}.attention")
-    x, mixed, hidden = b.x, b.mixed, b.hidden
-    if last:
-        x, mixed, hidden = (t.slice(0, (last, t.shape[1])) for t in (x, mixed, hidden))
-    gemm(mixed, w.out, x, bias=w.out_bias, residual=x, ws=b.ws, label=f"{label}.out")
+    tower_qkv(w, b.x, b.qkv, b.ws, eps, label)
+    q, k, v = thirds(b.qkv)
+    attention(q, k, v, b.cache, b.pos, b.mixed, heads=heads, causal=False, order=order, ws=b.ws,
+              label=f"{label}.attention")  # fmt: skip
+    tower_rest(w, b, b.x, eps, act, label)
+
+
+def thirds(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, D] of qkv [T, 3D]."""
+    d = qkv.shape[1] // 3
+    q, k, v = (qkv.columns(i * d, d) for i in range(3))
+    return q, k, v
+
+
+def tower_qkv(w: TowerLayer, x: Tensor, qkv: Tensor, ws: Tensor, eps: float, label: str) -> None:
+    """Queries, keys and values of x [T, D] into qkv [T, 3D]; where the queries' matrix is apart, the others [T, 2D]."""
+    gemm(x, w.qkv, qkv, prologue="layer", norm=w.norm1, norm_bias=w.norm1_bias, eps=eps, bias=w.qkv_bias, ws=ws,
+         label=f"{label}.qkv")  # fmt: skip
+
+
+def tower_rest(
+    w: TowerLayer, b: TowerBuffers, stream: Tensor, eps: float, act: str, label: str, rows: int | None = None
+) -> None:
+    """What follows attention, of the first `rows` tokens: b.x = stream + out(b.mixed); b.x += mlp(b.x)."""
+    n = rows or b.x.shape[0]
+    x, mixed, hidden, stream = (t.slice(0, (n, t.shape[1])) for t in (b.x, b.mixed, b.hidden, stream))
+    gemm(mixed, w.out, x, bias=w.out_bias, residual=stream, ws=b.ws, label=f"{label}.out")
     gemm(x, w.fc1, hidden, prologue="layer", norm=w.norm2, norm_bias=w.norm2_bias, eps=eps, bias=w.fc1_bias, act=act,
          ws=b.ws, label=f"{label}.fc1")  # fmt: skip
     gemm(hidden, w.fc2, x, bias=w.fc2_bias, residual=x, ws=b.ws, label=f"{label}.fc2")

@@ -125,14 +125,16 @@ class Packer:
         count: int = 1,
         fn: Callable[[np.ndarray], np.ndarray] | None = None,
         width: int | None = None,
+        rows: int | None = None,
     ) -> PackedMatrix:
         """count = 1: the rows of `names` one after another; else one matrix per name.
 
-        fn: from each stored tensor, in f32, to the [rows, width] that is packed; width: the columns that fn makes.
+        fn: from each stored tensor, in f32, to the [rows, width] that is packed; width, rows: what fn makes, if another
+        number of columns, or of rows from the one tensor.
         """
         infos = [self.source.info(n) for n in names]
         columns = width or infos[0].shape[1]
-        sizes = [math.prod(i.shape) // columns for i in infos]
+        sizes = [rows or math.prod(i.shape) // columns for i in infos]
         out = PackedMatrix.empty(self.arena, name, sum(sizes) // count, columns, format, count)
         if self.arena.dry:
             return out
@@ -140,8 +142,8 @@ class Packer:
         for e, (n, info, size) in enumerate(zip(names, infos, sizes)):
             if info.dtype not in ("F32", "BF16", "F16"):
                 raise CheckpointError(f"tensor {n!r} is {info.dtype}; this loader reads F32, BF16 and F16 weights")
-            rows = self.source.read(n) if fn is None else fn(self.value(n)).astype(np.float32).reshape(size, columns)
-            if out.fill(rows, *((row, 0) if count == 1 else (0, e))):
+            part = self.source.read(n) if fn is None else fn(self.value(n)).astype(np.float32).reshape(size, columns)
+            if out.fill(part, *((row, 0) if count == 1 else (0, e))):
                 raise CheckpointError(
                     f"tensor {n!r} holds NaN, infinity, or values too large for this format; check the checkpoint"
                 )

@@ -26,16 +26,17 @@ sys.path.insert(0, str(build.ROOT / "tests/models"))
 from _faster import small_folder, small_pi05, small_xvla
 
 # Nodes of a step: rows and product of four matrices, append and attend, per layer; outside the layers begin, end, and
-# rows and product of two matrices (X-VLA: and the gathering of its sequence).
-PER_LAYER, OUTSIDE = 10, {"pi05": 6, "xvla": 7}
+# rows and product of two matrices. X-VLA's last layer has a matrix and an append more: only actions have queries there.
+PER_LAYER, OUTSIDE, LAST = 10, 6, {"pi05": 0, "xvla": 3}
 LAYERS = {"pi05": 18, "xvla": 24}
 FAMILY = {"pi05": Pi05, "xvla": XVLA}
 FULL: dict[str, dict] = {
     "pi05": {"type": "pi05"},
     "xvla": {"type": "xvla", "chunk_size": 30, "max_state_dim": 20, "num_image_views": 3, "florence_config": {}},
 }
-# Normalised error of actions after the whole flow. bf16 rounds activations at ties, layer after layer.
-LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
+# Normalised error of actions after the whole flow. Measured: 2.5e-6, 3.8e-8, 4.3e-7, 6.3e-3. In bf16 sums that differ in
+# the last digit now and then round to different operands: X-VLA's steps meet such a tie, those of pi0.5 do not.
+LIMITS = {("pi05", "fp32"): 1e-5, ("pi05", "bf16"): 1e-4, ("xvla", "fp32"): 1e-5, ("xvla", "bf16"): 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dtype"), [("pi05", "fp32"), ("pi05", "bf16"), ("xvla", "fp32")])
+@pytest.mark.parametrize(("kind", "dtype"), LIMITS)
 def test_small_policy_equals_the_cpu_tape(folders, kind: str, dtype: str) -> None:
     """Vision, prefix, tables of times and ten steps, with a committed action; two requests."""
     build.module("plain")  # here, not in the worker's time
@@ -55,7 +56,7 @@ def test_small_policy_equals_the_cpu_tape(folders, kind: str, dtype: str) -> Non
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["error"] <= LIMITS[dtype], found
+    assert found["error"] <= LIMITS[kind, dtype], found
     assert found["same_rows"]
     assert found["kinds"]["step"] == ["cuda", "triton"]
     assert found["audit"] == ([] if dtype == "fp32" else None)
@@ -68,8 +69,10 @@ def test_node_budget_of_the_full_size_step(kind: str, quant: str | None) -> None
         model = FAMILY[kind].sketch(FULL[kind], quant=quant, dtype="bf16", device="cuda")
     nodes = model.plans["step"].nodes
     layers = Counter(n.label.split(".")[0] for n in nodes)
-    assert all(layers[str(i)] == PER_LAYER for i in range(LAYERS[kind]))
-    assert len(nodes) <= PER_LAYER * LAYERS[kind] + OUTSIDE[kind]
+    last = LAYERS[kind] - 1
+    assert all(layers[str(i)] == PER_LAYER for i in range(last))
+    assert layers[str(last)] == PER_LAYER + LAST[kind]
+    assert len(nodes) == PER_LAYER * LAYERS[kind] + OUTSIDE + LAST[kind]
     assert {n.impl for n in nodes} <= {"cuda", "triton"}
 
 

@@ -19,7 +19,7 @@ from engine.blocks.observation import profile as preset
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
-from engine.blocks.vision import TowerBuffers, tower_layer
+from engine.blocks.vision import TowerBuffers, TowerLayer, thirds, tower_layer, tower_qkv, tower_rest
 from engine.blocks.weights import Shapes
 from engine.errors import InputError
 from engine.io.checkpoint import Source
@@ -38,7 +38,8 @@ from engine.runtime.arena import Arena, Tensor
 from engine.runtime.plan import capture
 
 NODES_PER_LAYER = 5
-NODES_OUTSIDE = 5  # of a step: begin, action encoder, sequence, action decoder, end
+NODES_OUTSIDE = 6  # of a step: begin, action encoder, action decoder, end; the last block has two more
+ACT = "gelu_tanh"  # of the policy's blocks
 
 
 @dataclass
@@ -149,12 +150,13 @@ class XVLA(FlowPolicy):
             KVCache.empty(arena, "encoder.kv", t.heads, t.width // t.heads, -(-length // 16) * 16, kv, 1, "workspace"),
             self._zero.slice(0, (1,)), self._ws,
         )  # fmt: skip
-        # What all steps of a chunk share, then the encoded actions: the sequence is gathered from here.
+        # Encoded actions of all chunks, then what their steps share; and the first block's queries, keys and values.
         self._fixed = c.context + c.len_soft_prompts
-        self._table = arena.alloc("tokens.table", (batch * (self._fixed + c.horizon), p.width), "f32", "state")
-        self._order = io("order", batch * c.sequence, value=_order(batch, c.horizon, self._fixed))
-        self._leading = io("leading", batch * c.horizon, value=np.concatenate(
-            [np.arange(c.horizon) + b * c.sequence for b in range(batch)]))  # fmt: skip
+        self._table = arena.alloc("tokens.table", (m, p.width), "f32", "state")
+        self._first = arena.alloc("tokens.qkv", (m, 3 * p.width), "f32", "state")
+        self._orders = [None, *(io(f"order_{b}", b * c.sequence, value=_order(b, c.horizon, self._fixed))
+                                for b in range(2, batch + 1))]  # fmt: skip
+        self._behind = io("behind", batch, value=np.full(batch, self._fixed))
         self._tower = TowerBuffers(
             ws("policy.x", m, p.width), ws("policy.qkv", m, 3 * p.width), ws("policy.mixed", m, p.width),
             ws("policy.hidden", m, p.mlp),
@@ -163,7 +165,6 @@ class XVLA(FlowPolicy):
         )  # fmt: skip
         flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, c.horizon, c.action_dim, o.dims, o.ring)
         self._actions = ws("actions", batch * c.horizon, width)
-        self._last = ws("policy.last", batch * c.horizon, p.width)
         self._predicted = ws("predicted", batch * c.horizon, c.action_dim)
         self._time_rows = io("time_rows", batch * c.horizon)
         self._times = arena.alloc("times", (o.time_slots * o.time_rows, c.dim_time), "f32", "state")
@@ -267,7 +268,7 @@ class XVLA(FlowPolicy):
             gemm(e.hidden, layer.fc2, e.x, bias=layer.fc2_bias, residual=e.x, ws=ws, label=f"encoder.{i}.fc2")
             norm(e.x, e.x, weight=layer.final_norm, bias=layer.final_norm_bias, eps=NORM_EPS,
                  label=f"encoder.{i}.norm2")  # fmt: skip
-        base, width = b * self._fixed, p.width
+        base, width = self._at(b), p.width
         vlm = self._table.slice(base * width, (length, width))
         matrix, bias = _linear(w.vlm_proj)
         gemm(e.x, matrix, vlm, bias=bias, residual=w.sequence.slice(c.horizon * width, (length, width)), ws=ws,
@@ -279,6 +280,12 @@ class XVLA(FlowPolicy):
             gemm(self._views.slice(per * d, (rest, d)), matrix, aux, bias=bias,
                  residual=w.sequence.slice((c.horizon + length) * width, (rest, width)), ws=ws,
                  label="aux_proj")  # fmt: skip
+        fixed = self._table.slice(base * width, (self._fixed, width))
+        tower_qkv(w.blocks[0], fixed, self._first.slice(base * 3 * width, (self._fixed, 3 * width)), ws, NORM_EPS, "0")
+
+    def _at(self, b: int) -> int:
+        """The first of the rows that all steps of chunk b share."""
+        return self.options.batch * self.config.horizon + b * self._fixed
 
     def _denoise(self, batch: int) -> None:
         """One flow step of chunks 0..batch."""
@@ -292,26 +299,44 @@ class XVLA(FlowPolicy):
         flow_begin(state, actions, times, rule=self.rule, times=self._times, hidden=self._grippers,
                    context=rows(self._proprio, batch) if self._proprio is not None else None,
                    label="begin")  # fmt: skip
-        # Encoded actions of all chunks lie behind the fixed tokens of all chunks.
-        encoded = self._table.slice(self.options.batch * self._fixed * p.width, (batch * h, p.width))
-        gemm(actions, w.action_encoder.one, encoded, bias=w.action_encoder.bias,
-             residual=rows(w.action_positions, batch * h), ws=ws, label="action_encoder")  # fmt: skip
-        m = batch * c.sequence
-        b = self._tower
+        # Rows of all buffers: the actions of all chunks, then what their steps share.
+        n, m = batch * h, batch * c.sequence
+        at = (self.options.batch - batch) * h
+        table, first = (t.slice(at * t.shape[1], (m, t.shape[1])) for t in (self._table, self._first))
+        gemm(actions, w.action_encoder.one, rows(table, n), bias=w.action_encoder.bias,
+             residual=rows(w.action_positions, n), ws=ws, label="action_encoder")  # fmt: skip
+        b, order, zero = self._tower, self._orders[batch - 1], self._zero.slice(0, (batch,))
         one = TowerBuffers(rows(b.x, m), rows(b.qkv, m), rows(b.mixed, m), rows(b.hidden, m), b.cache.first(batch),
-                           b.pos.slice(0, (batch,)), ws)  # fmt: skip
-        gather(self._table, rows(self._order, m), one.x, label="sequence")
-        for i, layer in enumerate(w.blocks):
-            # Of the last block only the actions are read.
-            last = h if batch == 1 and i == p.depth - 1 else 0
-            tower_layer(layer, one, heads=p.heads, eps=NORM_EPS, last=last, label=str(i))
-        x = rows(one.x, h)
-        if batch > 1:
-            x = rows(self._last, batch * h)
-            gather(one.x, rows(self._leading, batch * h), x, label="actions")
+                           zero, ws)  # fmt: skip
+        layer = w.blocks[0]
+        tower_qkv(layer, rows(table, n), rows(first, n), ws, NORM_EPS, "0")  # of the others the prefix made them
+        attention(*thirds(first), one.cache, zero, one.mixed, heads=p.heads, causal=False, order=order, ws=ws,
+                  label="0.attention")  # fmt: skip
+        tower_rest(layer, one, table, NORM_EPS, ACT, "0", n if p.depth == 1 else m)
+        for i, layer in enumerate(w.blocks[1:-1], 1):
+            tower_layer(layer, one, heads=p.heads, eps=NORM_EPS, act=ACT, order=order, label=str(i))
+        if p.depth > 1:
+            self._last_block(w.blocks[-1], one, n, str(p.depth - 1))
+        x = rows(one.x, n)
         gemm(x, w.action_decoder.one, predicted, prologue="layer", norm=w.norm, norm_bias=w.norm_bias, eps=NORM_EPS,
              bias=w.action_decoder.bias, ws=ws, label="action_decoder")  # fmt: skip
         flow_end(state, predicted, rule=self.rule, squash=self._grippers, label="end")
+
+    def _last_block(self, layer: TowerLayer, b: TowerBuffers, n: int, label: str) -> None:
+        """Only the actions, its first n rows, are read: they alone have queries."""
+        m, d = b.x.shape
+        eps, heads, ws = NORM_EPS, self.config.policy.heads, b.ws
+        assert layer.query is not None
+        tower_qkv(layer, b.x, b.qkv.columns(d, 2 * d), ws, eps, label)
+        x = b.x.slice(0, (n, d))
+        gemm(x, layer.query, b.qkv.slice(0, (n, 3 * d)).columns(0, d), prologue="layer", norm=layer.norm1,
+             norm_bias=layer.norm1_bias, eps=eps, bias=layer.query_bias, ws=ws, label=f"{label}.query")  # fmt: skip
+        _, k, v = thirds(b.qkv.slice(n * 3 * d, (m - n, 3 * d)))
+        attention(None, k, v, b.cache, b.pos, None, heads=heads, ws=ws, label=f"{label}.append")
+        q, k, v = thirds(b.qkv.slice(0, (n, 3 * d)))
+        attention(q, k, v, b.cache, self._behind.slice(0, b.pos.shape), b.mixed.slice(0, (n, d)), heads=heads,
+                  causal=False, ws=ws, label=f"{label}.attention")  # fmt: skip
+        tower_rest(layer, b, b.x, eps, ACT, label, n)
 
     @property
     def node_budget(self) -> int:
@@ -357,7 +382,7 @@ class XVLA(FlowPolicy):
         if w.soft_prompts is not None:
             n = c.len_soft_prompts * c.policy.width
             for b in range(self.options.batch):
-                at = (b * self._fixed + c.context) * c.policy.width
+                at = (self._at(b) + c.context) * c.policy.width
                 self._table.slice(at, (n,)).copy_from(w.soft_prompts.slice(domain * n, (n,)))
         self._domain = domain
 
@@ -382,9 +407,9 @@ def _picked(n: int, views: int, cells: int) -> np.ndarray:
 
 
 def _order(batch: int, horizon: int, fixed: int) -> np.ndarray:
-    """Rows of the table [batch * fixed, batch * horizon]: of each chunk its actions, then its fixed tokens."""
+    """Of rows [batch * horizon, batch * fixed]: of each chunk its actions, then the others."""
     return np.concatenate([
-        np.concatenate([batch * fixed + b * horizon + np.arange(horizon), b * fixed + np.arange(fixed)])
+        np.concatenate([b * horizon + np.arange(horizon), batch * horizon + b * fixed + np.arange(fixed)])
         for b in range(batch)
     ]).astype(np.int32)  # fmt: skip
 

@@ -303,11 +303,24 @@ class Loader(Packer):
         )  # fmt: skip
 
     def policy_layer(self, i: int) -> TowerLayer:
-        p = f"{POLICY}blocks.{i}"
+        """Of the last block only actions have a query; the first is part of the prefix whole."""
+        p, d = f"{POLICY}blocks.{i}", self.c.policy.width
+        qkv, fmt = f"{p}.attn.qkv", self.recipe.format("policy", d)
+
+        def rows(part: str, first: int, count: int) -> tuple[PackedMatrix, Tensor]:
+            end, bias = first + count, f"{qkv}.bias"
+            return (
+                self.matrix(f"{qkv}.{part}", [f"{qkv}.weight"], fmt, fn=lambda w: w[first:end], rows=count),
+                self.put(f"{bias}.{part}", (count,), lambda: self.value(bias)[first:end]),
+            )
+
+        split = 0 < i == self.c.policy.depth - 1
+        weight, bias = rows("kv", d, 2 * d) if split else self.linear(qkv, "policy")
+        query = rows("q", 0, d) if split else (None, None)
         return TowerLayer(
-            *self.affine(f"{p}.norm1"), *self.linear(f"{p}.attn.qkv", "policy"),
-            *self.linear(f"{p}.attn.proj", "policy"), *self.affine(f"{p}.norm2"),
-            *self.linear(f"{p}.mlp.fc1", "policy"), *self.linear(f"{p}.mlp.fc2", "policy"),
+            *self.affine(f"{p}.norm1"), weight, bias, *self.linear(f"{p}.attn.proj", "policy"),
+            *self.affine(f"{p}.norm2"), *self.linear(f"{p}.mlp.fc1", "policy"), *self.linear(f"{p}.mlp.fc2", "policy"),
+            *query,
         )  # fmt: skip
 
     def per_domain(self, name: str, inputs: int, outputs: int) -> PerDomain:
