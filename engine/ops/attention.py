@@ -142,6 +142,7 @@ def attention(
     check.may_take("order", order, (t,), "i32")
     check.may_take("rope", rope, (cache.ctx, d))
     check.need((offsets is None) == (longest is None), "offsets and longest belong together")
+    check.need(longest is None or 0 < longest <= cache.ctx, f"longest={longest} does not fit ctx = {cache.ctx}")
     check.need(offsets is None or rows is None, "rows and offsets exclude each other")
     check.need(offsets is not None or t % batch == 0, f"{t} rows are not a multiple of {batch} sequences")
     check.need(rope is None or d % 2 == 0, f"rope turns pairs of channels; heads are {d} wide")

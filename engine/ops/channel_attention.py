@@ -21,7 +21,7 @@ def channel_attention(
     check = Check("channel_attention", label)
     check.takes("qkv", qkv, (None, None), strided=True)
     total, width = qkv.shape
-    check.need(batch >= 1 and total % batch == 0, f"{total} rows are not a multiple of {batch} grids")
+    check.need(0 < batch <= total and total % batch == 0, f"{total} rows are not a multiple of {batch} grids")
     if groups < 1 or width % (3 * groups) or width // (3 * groups) > MAX_D:
         check.fail(f"{width} columns are not q, k and v of {groups} groups of at most {MAX_D} channels")
     check.takes("out", out, (total, width // 3), strided=True)

@@ -32,10 +32,11 @@ def conv_patches(
     check = Check("conv_patches", label)
     check.takes("image", image, (None, None, None, None), "u8|f32")
     b, h, w, c = image.shape
-    if min(size, stride) < 1 or pad < 0 or min(h, w) + 2 * pad < size:
+    if min(size, stride, b, c) < 1 or pad < 0 or min(h, w) + 2 * pad < size:
         check.fail(f"a window of {size} with stride {stride} and pad {pad} does not fit a grid of {h} x {w}")
     oh, ow = out_size(h, size, stride, pad), out_size(w, size, stride, pad)
     check.takes("out", out, (b * oh * ow, size * size * c), strided=True)
+    check.apart("out", out, image=image)
     check.need((scale is None) == (offset is None), "scale and offset belong together")
     check.may_take("scale", scale, (c,))
     check.may_take("offset", offset, (c,))
@@ -48,6 +49,7 @@ def conv_depthwise(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, labe
     check = Check("conv_depthwise", label)
     check.takes("x", x, (None, None, None, None))
     b, h, w, c = x.shape
+    check.need(min(b, h, w, c) > 0, f"x is {b} grids of {h} x {w} cells and {c} channels; none may be 0")
     check.takes("weight", weight, (9, c))
     check.takes("bias", bias, (c,))
     check.takes("out", out, (b, h, w, c))

@@ -29,7 +29,7 @@ def gather_mean(x: Tensor, out: Tensor, *, label: str = "") -> None:
     check.takes("out", out, (None, None), strided=True)
     batch, d = out.shape
     check.takes("x", x, (None, d), strided=True)
-    check.need(x.shape[0] >= batch and x.shape[0] % batch == 0, f"{x.shape[0]} rows are not {batch} equal runs")
+    check.need(0 < batch <= x.shape[0] and x.shape[0] % batch == 0, f"{x.shape[0]} rows are not {batch} equal runs")
     call("gather_mean", label, nbytes=x.nbytes, x=x, ldx=x.ld, out=out, ldo=out.ld, batch=batch,
          n=x.shape[0] // batch, d=d)  # fmt: skip
 

@@ -33,6 +33,7 @@ def norm(
     check.one_of("kind", kind, KINDS)
     check.takes("x", x, (None, None), strided=True)
     m, k = x.shape
+    check.need(m > 0 and k > 0, f"x is {m} rows of {k} values; at least one of each is needed")
     check.takes("out", out, (m, k), strided=True)
     check.may_take("add", add, (m, k), strided=True)
     check.may_take("weight", weight, (k,))

@@ -12,9 +12,13 @@ from engine import _C
 from engine.errors import InputError
 from engine.ops.attention import KVCache, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
-from engine.ops.gather import gather
-from engine.ops.gemm import PackedMatrix, gemm, workspace_bytes
+from engine.ops.channel_attention import channel_attention
+from engine.ops.conv import conv_depthwise, conv_patches
+from engine.ops.flow import FlowState, flow_begin, flow_end
+from engine.ops.gather import gather, gather_mean
+from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
+from engine.ops.norm import norm
 from engine.ops.rng import rng
 from engine.ops.sample import SamplerState, sample
 from engine.ops.ssm import SsmShape, ssm
@@ -38,6 +42,7 @@ UP_WS = new(_C.moe_up_workspace(T, K, D, 0, 1, 0, 1), dtype="u8")
 DOWN_WS = new(_C.moe_down_workspace(T, K, I, S, 0, 1, 0, 1), dtype="u8")
 CACHE = KVCache.empty(Arena(), "kv", 2, 8, 16, "f32")
 SSM = SsmShape(4, 8, 2, 5, 3)
+FLOW = FlowState.empty(Arena(), "flow", batch=2, steps=4, horizon=3, channels=5, dims=4, slots=6)
 # One valid call of each op, with every optional argument.
 CALLS = {
     gemm: {"x": new(T, D), "w": matrix(8, D), "out": new(T, 8), "bias": new(8), "residual": new(T, 8), "norm": new(D),
@@ -58,6 +63,16 @@ CALLS = {
                "shared": SHARED_DOWN, "hs": new(T, S), "down_bias": new(E, D), "shared_bias": new(D), "rows": ROWS,
                "ws": DOWN_WS},
     sample: {"logits": new(50), "state": SamplerState.empty(Arena(), 50, 4)},
+    norm: {"x": new(T, D), "out": new(T, D), "add": new(T, D), "weight": new(D), "bias": new(D), "rows": ROWS,
+           "modulation": Modulation(new(5, 2 * D), new(T, dtype="i32"), 0, D)},
+    gather_mean: {"x": new(4, D), "out": new(2, D)},
+    conv_patches: {"image": new(1, 4, 4, 3), "out": new(4, 12), "size": 2, "stride": 2, "scale": new(3),
+                   "offset": new(3)},
+    conv_depthwise: {"x": new(1, 4, 4, 8), "weight": new(9, 8), "bias": new(8), "out": new(1, 4, 4, 8)},
+    channel_attention: {"qkv": new(4, 24), "out": new(4, 8), "groups": 2, "batch": 2},
+    flow_begin: {"state": FLOW, "out": new(6, 16), "rows": new(6, dtype="i32"), "context": new(2, 3),
+                 "times": new(7, 8), "hidden": new(5, dtype="i32")},
+    flow_end: {"state": FLOW, "pred": new(6, 5), "squash": new(5, dtype="i32")},
     rng: {"out": new(7), "seed": new(1, dtype="u64"), "offset": new(1, dtype="u64")},
 }  # fmt: skip
 
@@ -83,7 +98,9 @@ def wrong_calls():
 
 
 # Where any length or shape is right.
-FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0"}
+FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0", "gather_mean-out-0",
+        "norm-modulation.table-0", "flow_begin-times-0", "flow_begin-state.ring-0",
+        "flow_end-state.ring-0"}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
@@ -97,14 +114,14 @@ def test_wrong_tensor_is_refused(op, changed):
         op(**CALLS[op] | changed, label="here")
 
 
-X = CALLS[gemm]["x"]
+X, LONG = CALLS[gemm]["x"], new(T * D)
 
 
 @pytest.mark.parametrize(
     ("op", "changed", "message"),
     [
         (gemm, {"out": new(T, 8, dtype="f16")}, r"gemm 'here': out is f16 \[3, 8\]; it must be f32\|bf16 \[3, 8\]"),
-        (gemm, {"out": X, "w": matrix(D, D), "bias": None, "residual": X}, "out starts where x does"),
+        (gemm, {"out": X, "w": matrix(D, D), "bias": None, "residual": X}, "out lies on x"),
         (gemm, {"act": "tanh"}, "act 'tanh' is not one of none, relu2"),
         (gemm, {"bias": new(1, 16).columns(0, 8)}, "bias is f32"),
         (gemm, {"norm": None}, "needs norm and a norm_group"),
@@ -120,6 +137,18 @@ X = CALLS[gemm]["x"]
         (moe_down, {"shared": None}, "shared and hs belong together"),
         (moe_up, {"act": "tanh"}, "act 'tanh'"),
         (moe_route, {"n_group": 3}, "n_group must divide"),
+        (attention, {"longest": 17, "offsets": new(2, dtype="i32"), "rows": None}, "longest=17 does not fit ctx = 16"),
+        (channel_attention, {"qkv": X.slice(0, (0, 24)), "out": X.slice(0, (0, 8))}, "0 rows are not"),
+        (norm, {"x": X.slice(0, (0, D)), "out": X.slice(0, (0, D))}, "0 rows of 32 values"),
+        (gather_mean, {"out": X.slice(0, (0, D))}, "4 rows are not 0 equal runs"),
+        (conv_patches, {"image": X.slice(0, (0, 4, 4, 3))}, "does not fit"),
+        (conv_depthwise, {"x": X.slice(0, (1, 0, 4, 8))}, "none may be 0"),
+        (
+            conv_patches,
+            {"out": (image := CALLS[conv_patches]["image"]).slice(0, (4, 12)), "image": image},
+            "lies on image",
+        ),
+        (gemm, {"x": LONG.slice(0, (T, D)), "out": LONG.slice(8, (T, 8))}, "out lies on x"),
         (rng, {"kind": "bits"}, "out is f32"),
         (rng, {"kind": "cauchy"}, "kind 'cauchy' is not one of bits"),
     ],

@@ -5,6 +5,7 @@
 //   k_cache [batch][kv_heads][ctx/16 panels, K = d];  v_cache [batch][kv_heads][ceil(d/16) panels, K = ctx]
 // batch sequences, each with a cache and a pos[b] of its own. Sequence b holds the m rows from b * m, or the rows
 // [offsets[b], offsets[b+1]) (at most m); row r lies at order[r] of q, k, v and out where order is given.
+// What offsets and order hold is the caller's business: it is not checked.
 // rope [ctx, d]: cosines of d/2 angles, then sines; q and k turn by the row of their position, channels (i, i + d/2).
 // pad_k, pad_v [kv_heads*d]: one more key and value that sequence b sees pads[b] times.
 // q null: nothing but the append.
