@@ -91,13 +91,14 @@ void bind_cuda(py::module_& m) {
            })
       .def_property_readonly("graph_nodes", &CudaTape::graph_nodes)
       .def("capture", &CudaTape::capture, nogil)
-      .def("launch", &CudaTape::launch, nogil)
-      .def("synchronize", &CudaTape::synchronize, nogil)
+      .def("start", &CudaTape::start, nogil)
+      .def("wait", &CudaTape::wait, nogil)
+      .def("drain", &CudaTape::drain, nogil)
       .def("replay", &CudaTape::replay, nogil)
       .def("replay_timed", &CudaTape::replay_timed, nogil);
 
   py::class_<CudaMemory>(m, "CudaMemory")
-      .def(py::init<size_t, int>(), py::arg("bytes"), py::arg("device"), nogil)
+      .def(py::init<size_t, int, bool>(), py::arg("bytes"), py::arg("device"), py::arg("mapped") = false, nogil)
       .def_property_readonly("address", &CudaMemory::address)
       .def_property_readonly("size", &CudaMemory::size);
 }

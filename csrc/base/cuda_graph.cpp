@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
@@ -41,6 +42,8 @@ std::shared_ptr<Library> library_of(const std::string& image, int device) {
 
 cudaStream_t stream_of(void* s) { return static_cast<cudaStream_t>(s); }
 cudaGraphExec_t exec_of(void* e) { return static_cast<cudaGraphExec_t>(e); }
+cudaEvent_t event_of(void* e) { return static_cast<cudaEvent_t>(e); }
+constexpr char kFailed[] = "a kernel of the step failed";
 
 struct Events {
   std::vector<cudaEvent_t> list;
@@ -138,6 +141,8 @@ std::string missing() {
 CudaTape::CudaTape(int device) : device_(device) {}
 
 CudaTape::~CudaTape() {
+  for (void* e : started_) cudaEventDestroy(event_of(e));
+  for (void* e : spare_) cudaEventDestroy(event_of(e));
   if (exec_) cudaGraphExecDestroy(exec_of(exec_));
   if (stream_) cudaStreamDestroy(stream_of(stream_));
 }
@@ -190,7 +195,33 @@ void CudaTape::launch() {
 }
 
 void CudaTape::synchronize() {
-  if (stream_) check(cudaStreamSynchronize(stream_of(stream_)), "a kernel of the step failed");
+  if (stream_) check(cudaStreamSynchronize(stream_of(stream_)), kFailed);
+}
+
+void CudaTape::start() {
+  launch();
+  if (spare_.empty()) {
+    cudaEvent_t e;
+    check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "cudaEventCreate");
+    spare_.push_back(e);
+  }
+  check(cudaEventRecord(event_of(spare_.back()), stream_of(stream_)), "cudaEventRecord");
+  started_.push_back(spare_.back());
+  spare_.pop_back();
+}
+
+void CudaTape::wait() {
+  if (started_.empty()) throw std::logic_error("wait() without a start()");
+  spare_.push_back(started_.front());
+  started_.pop_front();
+  check(cudaEventSynchronize(event_of(spare_.back())), kFailed);
+}
+
+void CudaTape::drain() {
+  if (started_.empty()) return;
+  spare_.insert(spare_.end(), started_.begin(), started_.end());
+  started_.clear();
+  synchronize();
 }
 
 void CudaTape::replay() {
@@ -223,8 +254,13 @@ void run_once(const CudaNode& node, int device) {
   check(cudaStreamSynchronize(cudaStreamPerThread), node.label);
 }
 
-CudaMemory::CudaMemory(size_t bytes, int device) : size_(bytes), device_(device) {
+CudaMemory::CudaMemory(size_t bytes, int device, bool mapped) : size_(bytes), device_(device), mapped_(mapped) {
   check(cudaSetDevice(device), "cudaSetDevice");
+  if (mapped) {
+    check(cudaHostAlloc(&data_, bytes ? bytes : 1, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+    memset(data_, 0, bytes);
+    return;
+  }
   check(cudaMalloc(&data_, bytes ? bytes : 1), "cudaMalloc");
   const cudaError_t e = cudaMemset(data_, 0, bytes);
   if (e != cudaSuccess) cudaFree(data_);
@@ -237,7 +273,10 @@ CudaMemory::~CudaMemory() {
   int before = 0;
   if (cudaGetDevice(&before) != cudaSuccess) return;
   cudaSetDevice(device_);
-  cudaFree(data_);
+  if (mapped_)
+    cudaFreeHost(data_);
+  else
+    cudaFree(data_);
   cudaSetDevice(before);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <utility>
@@ -60,29 +61,36 @@ class CudaTape {
   void capture();
   // Graph nodes of the captured step; may exceed size() when an op launches several kernels.
   size_t graph_nodes() const { return graph_nodes_; }
-  // Queues the step; work queued later on the same tape runs after it.
-  void launch();
-  void synchronize();
-  // launch() and synchronize(): what Tape::replay means.
+  // Queues the step behind those that were queued before. Each start() is ended by a wait(), which returns once the
+  // oldest of them is done, while later ones run; drain() ends all.
+  void start();
+  void wait();
+  void drain();
+  // Queued and done: what Tape::replay means.
   void replay();
   // Nanoseconds per node between events, launched one by one.
   std::vector<int64_t> replay_timed();
 
  private:
   void open();
+  void launch();
+  void synchronize();
   int device_;
   void* stream_ = nullptr;
   void* exec_ = nullptr;
   size_t graph_nodes_ = 0;
   std::vector<CudaNode> nodes_;
+  std::deque<void*> started_;  // events, oldest first
+  std::vector<void*> spare_;   // events to use again
 };
 
 void run_once(const CudaNode& node, int device);
 
-// Zeroed device memory at a fixed address.
+// Zeroed memory of a device at a fixed address; mapped: pinned host memory that the device reaches at the same address,
+// where the host may read what finished kernels wrote while others run.
 class CudaMemory {
  public:
-  CudaMemory(size_t bytes, int device);
+  CudaMemory(size_t bytes, int device, bool mapped);
   ~CudaMemory();
   CudaMemory(const CudaMemory&) = delete;
   CudaMemory& operator=(const CudaMemory&) = delete;
@@ -93,6 +101,7 @@ class CudaMemory {
   void* data_ = nullptr;
   size_t size_ = 0;
   int device_ = 0;
+  bool mapped_ = false;
 };
 
 // Either side may be host or device memory; returns when the copy is done.

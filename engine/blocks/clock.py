@@ -67,8 +67,9 @@ class Clock:
         before = self.elapsed
         yield
         took = self.elapsed - before
-        usual = self.usual.get(kind, took)
-        self.usual[kind] = usual + SMOOTHING * (took - usual)
+        if self.timing.first is None:  # later, a device works while whoever took the first action does
+            usual = self.usual.get(kind, took)
+            self.usual[kind] = usual + SMOOTHING * (took - usual)
         if name == "step":
             self.timing.steps.append(took)
         else:

@@ -6,7 +6,8 @@ which step is a function of the schedule alone, so nothing is read back to find 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -137,7 +138,7 @@ class FlowPolicy(Model):
             self.notes.append(f"skipped {len(self.weights.skipped)} tensors that no action depends on")
         self.views_seen = ViewsSeen(len(o.preprocess.profile.views))
         self.clock = Clock(o.name)
-        self._requests = 0
+        self._requests, self._ring_slots = 0, [0] * o.batch
         self._slots: dict[tuple, int] = {}  # (schedule, delay) -> slot of the time tables, least recently used first
         self._warned = False
         self._rng = np.random.default_rng()
@@ -273,10 +274,9 @@ class FlowPolicy(Model):
             clock = self.clock
             clock.begin(None, spent)
             tables = [self._begin(b, given, drawn[b], None, schedule) for b, given in enumerate(inputs)]
-            plan = self._step_plan(len(inputs))
-            for _ in range(max(t.steps_for() for t in tables)):
-                with self.stage("step", self._step_name(len(inputs))):
-                    plan.replay()
+            with self._steps(len(inputs), max(t.steps_for() for t in tables)) as done:
+                for _ in done:
+                    pass
             bad = self.flow.bad.read()
             if bad[: len(inputs)].any():
                 raise self._not_finite()
@@ -328,28 +328,27 @@ class FlowPolicy(Model):
             clock = self.clock
             clock.begin(deadline_ms, spent)
             table = self._begin(0, given, noise, wanted, schedule)
-            plan, steps = self._step_plan(1), table.steps_for(wanted)
-            slot = int(self.flow.slot.window()[0])
+            steps = table.steps_for(wanted)
             sent, first = 0, int(table.ready_step[given.delay])
-            for step in range(1, steps + 1):
-                with self.stage("step", self._step_name(1), max(1, first - step + 1)):
-                    plan.replay()
-                indices = table.emitted(step)[: wanted - sent]
-                if not len(indices) and step < steps:
-                    continue
-                rows = self._rows_of(slot)[indices].copy()
-                if self.flow.bad.window()[0] or not np.isfinite(rows).all():
-                    raise self._not_finite()
-                sent += len(indices)
-                clock.timing.first = clock.timing.first if clock.timing.first is not None else clock.elapsed
-                chunk = None
-                if step == steps:
-                    clock.timing.enough = clock.elapsed
-                    clock.timing.last = clock.elapsed if wanted == table.valid else None
-                    chunk = self._chunk(0, table, wanted)
-                last = ActionPacket(step, indices, rows, chunk)
-                if step < steps:
-                    yield last
+            with self._steps(1, steps, first) as done:
+                for step in done:
+                    indices = table.emitted(step)[: wanted - sent]
+                    if not len(indices) and step < steps:
+                        continue
+                    rows = self._rows_of(0)[indices].copy()
+                    # On a device the next step may have said so of its own rows: the chunk is lost all the same.
+                    if self.flow.bad.window()[0] or not np.isfinite(rows).all():
+                        raise self._not_finite()
+                    sent += len(indices)
+                    clock.timing.first = clock.timing.first if clock.timing.first is not None else clock.elapsed
+                    chunk = None
+                    if step == steps:
+                        clock.timing.enough = clock.elapsed
+                        clock.timing.last = clock.elapsed if wanted == table.valid else None
+                        chunk = self._chunk(0, table, wanted)
+                    last = ActionPacket(step, indices, rows, chunk)
+                    if step < steps:
+                        yield last
         yield last  # free for the next caller, who may come before this generator is exhausted
 
     def reset(self) -> None:
@@ -427,10 +426,10 @@ class FlowPolicy(Model):
         ):  # fmt: skip
             _part(tensor, b).write(value)
         self._requests += 1
-        for tensor, number in ((f.delay, d), (f.bad, 0), (f.step, 0), (f.slot, self._requests % self.options.ring)):
+        self._ring_slots[b] = self._requests % self.options.ring
+        for tensor, number in ((f.delay, d), (f.bad, 0), (f.step, 0), (f.slot, self._ring_slots[b])):
             tensor.window()[b] = number
-        # Rows that never leave must not show another request's.
-        self._ring(self._requests % self.options.ring).write(np.zeros(f.ring.shape[1:], np.float32))
+        self._rows_of(b)[:] = 0  # rows that never leave must not show another request's
         return table
 
     def _time_slot(self, table: ScheduleTable) -> int:
@@ -450,26 +449,41 @@ class FlowPolicy(Model):
     def _time_key(table: ScheduleTable) -> tuple:
         return table.schedule.alpha, table.schedule.u0, table.delay
 
+    @contextmanager
+    def _steps(self, batch: int, steps: int, first: int = 1) -> Iterator[Iterator[int]]:
+        """Counts 1 to `steps` as each is done; on a device the next one is queued by then. Step `first` is the one that
+        gives the first action."""
+        plan, name = self._step_plan(batch), self._step_name(batch)
+
+        def run() -> Iterator[int]:
+            queued = 0
+            for step in range(1, steps + 1):
+                with self.stage("step", name, max(1, first - step + 1)):
+                    while queued < min(step + 1, steps):
+                        plan.start()
+                        queued += 1
+                    plan.wait()
+                yield step
+
+        try:
+            yield run()
+        finally:
+            plan.drain()
+
     def _step_name(self, batch: int) -> str:
         return "step" if self.options.batch == 1 else f"step_{batch}"
 
     def _step_plan(self, batch: int) -> Any:
         return self.plans[self._step_name(batch)]
 
-    def _ring(self, slot: int) -> Tensor:
-        ring = self.flow.ring
-        size = ring.shape[1] * ring.shape[2]
-        return ring.slice(slot * size, ring.shape[1:])
-
-    def _rows_of(self, slot: int) -> np.ndarray:
-        """[H, dims] of a slot of the ring."""
-        return self._ring(slot).host()
+    def _rows_of(self, b: int) -> np.ndarray:
+        """[H, dims]: what has left of chunk b, where it lies."""
+        return _part(self.flow.ring, self._ring_slots[b]).numpy()
 
     def _chunk(self, b: int, table: ScheduleTable, count: int) -> ActionChunk:
-        slot = int(self.flow.slot.window()[b])
         place = np.arange(self.horizon)
         valid = (place >= table.delay) & (place < table.delay + count)
-        return ActionChunk(self._rows_of(slot).copy(), valid, self.clock.timing.as_dict())
+        return ActionChunk(self._rows_of(b).copy(), valid, self.clock.timing.as_dict())
 
     def _not_finite(self) -> EngineError:
         return EngineError(

@@ -55,18 +55,20 @@ class FlowState:
             )
         chunk = (batch, horizon, channels)
 
-        def f32(part: str, *shape: int) -> Tensor:
-            return arena.alloc(f"{name}.{part}", shape, "f32", "io")
+        def f32(part: str, *shape: int, mapped: bool = False) -> Tensor:
+            return arena.alloc(f"{name}.{part}", shape, "f32", "io", mapped)
 
-        def i32(part: str, *shape: int) -> Tensor:
-            return arena.alloc(f"{name}.{part}", shape, "i32", "io")
+        def i32(part: str, *shape: int, mapped: bool = False) -> Tensor:
+            return arena.alloc(f"{name}.{part}", shape, "i32", "io", mapped)
+
+        # Rows that left are read while the next step runs.
 
         return FlowState(
             i32("step", batch), f32("tau", batch, steps + 1, horizon), i32("index", batch, steps, horizon),
             i32("delay", batch), f32("prefix", *chunk), f32("noise", *chunk), f32("x", *chunk),
-            i32("due", batch, horizon), i32("slot", batch), f32("ring", slots, horizon, dims),
+            i32("due", batch, horizon), i32("slot", batch), f32("ring", slots, horizon, dims, mapped=True),
             f32("scale", batch, dims), f32("offset", batch, dims), f32("low", dims), f32("high", dims),
-            i32("bad", batch),
+            i32("bad", batch, mapped=True),
         )  # fmt: skip
 
     @property
@@ -77,6 +79,9 @@ class FlowState:
 
     def fits(self, check: Check) -> None:
         """InputError unless the buffers belong together."""
+        check.takes("state.x", self.x, (None, None, None))
+        check.takes("state.index", self.index, (None, None, None), "i32")
+        check.takes("state.ring", self.ring, (None, None, None))
         b, n, h, a = self.sizes
         dims, slots = self.ring.shape[2], self.ring.shape[0]
         i32 = {"step": (b,), "index": (b, n, h), "delay": (b,), "due": (b, h), "slot": (b,), "bad": (b,)}

@@ -99,7 +99,9 @@ _watched: list[tuple[str, Tensor]] | None = None
 class GuardedArena(Arena):
     """An arena for cases: guard bytes around every buffer, workspaces poisoned (other parts start as zeros)."""
 
-    def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
+    def alloc(
+        self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace", mapped: bool = False
+    ) -> Tensor:
         nbytes = math.prod(shape) * DTYPES[dtype][0]
         whole = super().alloc(name, (GUARD + nbytes + nbytes % 2 + GUARD,), "u8", part)
         words = whole.numpy().view(np.uint16)

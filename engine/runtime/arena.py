@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Tensor:
     owner: object
     device: str = "cpu"
     row_stride: int = 0  # elements between rows when the buffer is a column range of a wider one
+    mapped: bool = False  # host memory that the device reaches: both sides read and write it in place
 
     @property
     def ld(self) -> int:
@@ -51,9 +52,14 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0]
 
+    @property
+    def here(self) -> bool:
+        """Whether the host reaches it without a copy."""
+        return self.mapped or self.device == "cpu"
+
     def numpy(self) -> np.ndarray:
         """A view, not a copy; bf16 comes as uint16."""
-        if self.device != "cpu":
+        if not self.here:
             raise InputError(f"a buffer on {self.device} has no numpy view; use read(), which copies")
         size, np_type = DTYPES[self.dtype]
         span = self.nbytes if self.ld == self.shape[-1] else ((self.shape[0] - 1) * self.ld + self.shape[-1]) * size
@@ -66,7 +72,7 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """A copy of the contents, from any device."""
-        if self.device == "cpu":
+        if self.here:
             return self.numpy().copy()
         out = np.empty(self._packed(), DTYPES[self.dtype][1])
         cuda.copy(out.ctypes.data, self.address, self.nbytes, self.device)
@@ -74,7 +80,7 @@ class Tensor:
 
     def write(self, array: np.ndarray) -> None:
         """Replaces the contents, on any device."""
-        if self.device == "cpu":
+        if self.here:
             self.numpy()[...] = array
             return
         source = np.ascontiguousarray(array, DTYPES[self.dtype][1])
@@ -84,18 +90,18 @@ class Tensor:
 
     def copy_from(self, other: Tensor) -> None:
         """The contents of a buffer of the same size on the same device."""
-        if self.device == "cpu":
+        if self.here and other.here:
             np.copyto(self.numpy(), other.numpy())
         else:
             cuda.copy(self.address, other.address, self.nbytes, self.device)
 
     def host(self) -> np.ndarray:
-        """The contents here: a view on the CPU, a copy from a device."""
-        return self.numpy() if self.device == "cpu" else self.read()
+        """The contents here: a view where the host reaches them, else a copy."""
+        return self.numpy() if self.here else self.read()
 
     def window(self) -> np.ndarray | Window:
-        """Elements of a 1-D buffer by index, wherever it lies: the memory itself on the CPU, copies on a device."""
-        return self.numpy() if self.device == "cpu" else Window(self)
+        """Elements of a 1-D buffer by index, wherever it lies: the memory itself where it is here, else copies."""
+        return self.numpy() if self.here else Window(self)
 
     def _packed(self) -> tuple[int, ...]:
         if self.ld != (self.shape[-1] if self.shape else 1):
@@ -108,7 +114,7 @@ class Tensor:
             raise InputError(f"columns [{start}, {start + count}) leave a buffer of width {self.shape[-1]}")
         size = DTYPES[self.dtype][0]
         shape = (*self.shape[:-1], count)
-        return Tensor(self.address + start * size, shape, self.dtype, self.owner, self.device, self.ld)
+        return Tensor(self.address + start * size, shape, self.dtype, self.owner, self.device, self.ld, self.mapped)
 
     def slice(self, offset: int, shape: Sequence[int]) -> Tensor:
         """A buffer `offset` elements further, of another shape, inside the same memory."""
@@ -117,7 +123,7 @@ class Tensor:
             raise InputError(
                 f"slice [{offset}, +{math.prod(shape)}) leaves a buffer of {math.prod(self.shape)} elements"
             )
-        return Tensor(self.address + offset * size, tuple(shape), self.dtype, self.owner, self.device)
+        return replace(self, address=self.address + offset * size, shape=tuple(shape), row_stride=0)
 
 
 class Window:
@@ -167,7 +173,10 @@ class Arena:
         self._slab: Any = None
         self._used = 0
 
-    def alloc(self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace") -> Tensor:
+    def alloc(
+        self, name: str, shape: Sequence[int], dtype: str = "f32", part: str = "workspace", mapped: bool = False
+    ) -> Tensor:
+        """mapped: small, and read here while the device runs; no difference on a CPU."""
         if self.sealed or getattr(_capturing, "depth", False):
             raise PlanError(f"buffer {name!r} would be allocated inside a step; allocate it before capture")
         if name in self.buffers:
@@ -181,7 +190,9 @@ class Arena:
             self._used += (nbytes + _ALIGN - 1) // _ALIGN * _ALIGN
             return self.buffers[name][1]
         try:
-            if nbytes >= _SLAB // 4:
+            if mapped and self.device != "cpu":
+                memory, offset = cuda.memory(nbytes, self.device, mapped=True), 0
+            elif nbytes >= _SLAB // 4:
                 memory, offset = self._take(nbytes), 0
             else:
                 if self._slab is None or self._used + nbytes > _SLAB:
@@ -195,7 +206,7 @@ class Arena:
                 f"buffer {name!r} needs {nbytes / 1e9:.2f} GB, which this machine does not have"
             ) from None
         self.allocations += 1
-        tensor = Tensor(memory.address + offset, shape, dtype, memory, self.device)
+        tensor = Tensor(memory.address + offset, shape, dtype, memory, self.device, mapped=mapped)
         self.buffers[name] = (part, tensor)
         return tensor
 

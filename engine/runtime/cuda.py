@@ -146,11 +146,11 @@ def tape(device: str) -> Any:
     return _Tape(index) if _driver is _C else _driver.CudaTape(index)
 
 
-def memory(nbytes: int, device: str) -> Any:
-    """Zeroed device memory with `address` and `size`."""
+def memory(nbytes: int, device: str, mapped: bool = False) -> Any:
+    """Zeroed device memory with `address` and `size`; mapped: host memory that the device reaches at this address."""
     index = ordinal(device)
     try:
-        return _driver.CudaMemory(nbytes, index)
+        return _driver.CudaMemory(nbytes, index, mapped)
     except MemoryError:
         free, total = _driver.cuda_memory_info(index)
         raise MemoryPlanError(

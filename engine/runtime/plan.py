@@ -93,6 +93,20 @@ class Plan:
         """Runs the step once."""
         self._tape.replay()
 
+    def start(self) -> None:
+        """Queues a replay, to be ended by `wait`. A CPU runs nothing beside its caller: there it begins with `wait`."""
+        if self.device != "cpu":
+            self._tape.start()
+
+    def wait(self) -> None:
+        """Until the oldest replay that was started is done; later ones may be running."""
+        (self.replay if self.device == "cpu" else self._tape.wait)()
+
+    def drain(self) -> None:
+        """Ends all replays that were started."""
+        if self.device != "cpu":
+            self._tape.drain()
+
     def eager(self) -> None:
         """The same kernels with the same arguments, one call each: what `replay` must equal bit for bit."""
         for call in self.calls:

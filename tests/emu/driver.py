@@ -31,7 +31,7 @@ class EmulatedTape:
     def __init__(self, driver: EmulatedCuda) -> None:
         self._driver = driver
         self._nodes: list[tuple[Callable[[], None], tuple]] = []
-        self.graph_nodes = 0
+        self.graph_nodes = self._started = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -49,15 +49,21 @@ class EmulatedTape:
     def capture(self) -> None:
         self.graph_nodes = len(self)
 
-    def launch(self) -> None:
-        for run, _ in self._nodes:
-            run()
+    def start(self) -> None:
+        """The device is as far ahead of the host as it can be: done at once."""
+        self.replay()
+        self._started += 1
 
-    def synchronize(self) -> None:
-        """Nothing is ever under way."""
+    def wait(self) -> None:
+        assert self._started, "wait() without a start()"
+        self._started -= 1
+
+    def drain(self) -> None:
+        self._started = 0
 
     def replay(self) -> None:
-        self.launch()
+        for run, _ in self._nodes:
+            run()
 
     def replay_timed(self) -> list[int]:
         out = []

@@ -16,7 +16,7 @@ namespace {
 // Exact size, so that AddressSanitizer sees the first byte beyond it.
 class Memory {
  public:
-  Memory(size_t bytes, int) : size_(bytes) {
+  Memory(size_t bytes, int, bool) : size_(bytes) {
     if (posix_memalign(&data_, 256, bytes ? bytes : 1)) throw std::bad_alloc();
     std::memset(data_, 0, bytes);
   }
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_emu, m) {
   });
   // Local: several builds may be loaded at once.
   py::class_<Memory>(m, "CudaMemory", py::module_local())
-      .def(py::init<size_t, int>(), py::arg("bytes"), py::arg("device"))
+      .def(py::init<size_t, int, bool>(), py::arg("bytes"), py::arg("device"), py::arg("mapped") = false)
       .def_property_readonly("address", &Memory::address)
       .def_property_readonly("size", &Memory::size);
 

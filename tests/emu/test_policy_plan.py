@@ -34,8 +34,8 @@ FULL: dict[str, dict] = {
     "pi05": {"type": "pi05"},
     "xvla": {"type": "xvla", "chunk_size": 30, "max_state_dim": 20, "num_image_views": 3, "florence_config": {}},
 }
-# Normalised error of actions after the whole flow. Measured: 2.5e-6, 3.8e-8, 4.3e-7, 6.3e-3. In bf16 sums that differ in
-# the last digit now and then round to different operands: X-VLA's steps meet such a tie, those of pi0.5 do not.
+# Normalised error of actions after the whole flow; measured 2.5e-6, 3.8e-8, 4.3e-7, 6.3e-3. In bf16, sums that differ
+# in the last digit may round to different operands: X-VLA's steps meet such a tie, those of pi0.5 do not.
 LIMITS = {("pi05", "fp32"): 1e-5, ("pi05", "bf16"): 1e-4, ("xvla", "fp32"): 1e-5, ("xvla", "bf16"): 1e-2}
 
 

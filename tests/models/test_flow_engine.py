@@ -198,6 +198,10 @@ class _Counted:
         self._seen()
         self._plan.replay()
 
+    def wait(self) -> None:
+        self._seen()
+        self._plan.wait()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plan, name)
 
@@ -230,6 +234,40 @@ def test_a_batch_is_its_chunks_alone(folders, kind: str) -> None:
 def fresh_with(model: FlowPolicy, given, noise, schedule) -> np.ndarray:
     model.reset()
     return sample(model, given, noise, schedule)
+
+
+class _Told(_Counted):
+    """A plan that says when it is started, waited for and drained."""
+
+    def __init__(self, plan: Plan, told: list[str]) -> None:
+        super().__init__(plan, lambda: told.append("wait"))
+        self._told = told
+
+    def start(self) -> None:
+        self._told.append("start")
+
+    def drain(self) -> None:
+        self._told.append("drain")
+
+
+@pytest.mark.filterwarnings("ignore::engine.errors.ScheduleWarning")
+def test_the_next_step_is_queued_before_rows_are_read(tiny: FlowPolicy, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setitem(tiny.plans, "step", _Told(tiny.plans["step"], told))
+    read = tiny._rows_of
+    monkeypatch.setattr(tiny, "_rows_of", lambda b: told.append("read") or read(b))
+    schedule = schedule_of(tiny, 0.6)
+    noise = noise_of(tiny)
+    stream = tiny._stream(golden_request(tiny, 0), noise, schedule.at(0).valid, None, schedule)
+    next(stream)
+    told.remove("read")  # a request begins with zeros in its rows
+    assert told == ["start", "start", "wait", "read"]
+    told.clear()
+    stream.close()
+    assert told == ["drain"]  # what runs ahead is not left running
+    told.clear()
+    sample(tiny, golden_request(tiny, 0), noise, schedule)
+    assert told.count("start") == told.count("wait") == schedule.steps and told[-1] == "drain"
 
 
 @pytest.mark.filterwarnings("ignore::engine.errors.ScheduleWarning")

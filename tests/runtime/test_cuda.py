@@ -23,6 +23,17 @@ class FakeTape:
     def __init__(self, ordinal: int) -> None:
         self.ordinal, self.tape, self.captured = ordinal, _C.Tape(), False
         self.node, self.replay, self.replay_timed = self.tape.node, self.tape.replay, self.tape.replay_timed
+        self.started = 0
+
+    def start(self) -> None:
+        self.replay()
+        self.started += 1
+
+    def wait(self) -> None:
+        self.started -= 1
+
+    def drain(self) -> None:
+        self.started = 0
 
     def __len__(self) -> int:
         return len(self.tape)
@@ -59,7 +70,7 @@ class FakeC:
     def cuda_memory_info(self, ordinal: int) -> tuple[int, int]:
         return 5 << 20, 8 << 20
 
-    def CudaMemory(self, nbytes: int, ordinal: int):
+    def CudaMemory(self, nbytes: int, ordinal: int, mapped: bool = False):
         if nbytes > 5 << 20:
             raise MemoryError
         self.calls.append(("memory", ordinal))
@@ -90,6 +101,37 @@ def buffers(name: str):
     seed, offset = arena.alloc("seed", (1,), "u64", "state"), arena.alloc("offset", (1,), "u64", "state")
     seed.write(np.array([7], np.uint64))
     return arena, out, seed, offset
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_replay_that_was_started_is_done_when_waited_for(fake, name):
+    _, out, seed, offset = buffers(name)
+    _, want, host_seed, host_offset = buffers("cpu")
+    with device.on(name):
+        plan = capture(lambda: rng(out, seed, offset, stream=2))
+    reference = capture(lambda: rng(want, host_seed, host_offset, stream=2))
+    plan.start()
+    plan.wait()
+    reference.replay()
+    np.testing.assert_array_equal(out.read(), want.read())
+    plan.start()
+    plan.start()
+    plan.wait()
+    plan.drain()
+    assert name == "cpu" or not plan._tape.started
+
+
+def test_mapped_memory_is_read_in_place(fake):
+    arena = Arena("cuda")
+    both = arena.alloc("ring", (3, 4), "f32", "io", mapped=True)
+    assert both.device == "cuda" and both.here and both.slice(4, (2, 4)).here and both.columns(1, 2).here
+    fake.calls.clear()
+    both.numpy()[1] = 7
+    both.slice(8, (4,)).write(np.arange(4, dtype=np.float32))
+    np.testing.assert_array_equal(both.host(), [[0] * 4, [7] * 4, range(4)])
+    assert not fake.calls  # no copy
+    with pytest.raises(InputError, match="no numpy view"):
+        arena.alloc("there", (4,)).numpy()
 
 
 def test_plan_records_replays_and_audits(fake):
