@@ -164,11 +164,14 @@ def serve(
 ) -> None:  # fmt: skip
     """A robot policy over a websocket, in the protocol of openpi's client; Ctrl-C ends it."""
     from engine.blocks.policy import FlowPolicy
-    from engine.serve.server import PolicyServer
+    from engine.io.hub import resolve
+    from engine.models import family_of
+    from engine.serve.server import PolicyServer, check_options
 
-    model = engine.load(name, quant=quant, dtype=dtype, strict=strict)
-    if not isinstance(model, FlowPolicy):
+    check_options(host, port, token, stream)
+    if not issubclass(family_of(resolve(name))[1], FlowPolicy):
         raise EngineError(f"{name} is no robot policy; serve takes pi0.5 and X-VLA checkpoints")
+    model = engine.load(name, quant=quant, dtype=dtype, strict=strict)
     model.warmup()
     metadata = {"name": model.name, "horizon": model.horizon, "action_dim": model.options.dims,
                 "schedule": str(model.schedule)}  # fmt: skip

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Self
 
 from engine.blocks.packets import ActionPacket
-from engine.errors import ClosedError, EngineError, InputError, ServerError
+from engine.errors import ClosedError, DeadlineError, EngineError, InputError, ServerError
 from engine.serve.control import ChunkRequest, ControlBuffers, Tick
 from engine.serve.protocol import EARLY_STOP, EPISODE, STREAM, ReplyReader, read_map
 from engine.serve.wire import LIMITS, Limits, encode
@@ -55,6 +55,7 @@ class PolicyClient:
         """The plain answer: `actions` [H, A], `valid` [H], timings.
 
         Raises:
+            DeadlineError: `deadline_ms` of the observation is missed; the connection stays.
             ServerError: the server reports an error or does not answer in time; the connection is closed.
             ProtocolError: the answer is malformed.
         """
@@ -93,6 +94,9 @@ class PolicyClient:
                     continue  # of an earlier request; servers without episodes send none
                 done = reply.packet.final
                 yield reply.packet
+        except DeadlineError:
+            done = True  # the server has said all it will
+            raise
         finally:
             if not done:
                 self.close()
@@ -165,6 +169,9 @@ class AsyncPolicyClient:
                     continue  # of an earlier request; servers without episodes send none
                 done = reply.packet.final
                 yield reply.packet
+        except DeadlineError:
+            done = True  # the server has said all it will
+            raise
         finally:
             if not done:
                 await self._socket.close()
@@ -262,9 +269,10 @@ class ControlClient:
         obs[EPISODE] = request.episode
         if request.prefix is not None:
             obs |= {"delay": request.delay, "action_prefix": request.prefix}
-        for packet in self._client.stream(obs, actions=request.actions):
-            with self._changed:
-                self.buffers.push(request, packet.indices, packet.actions)
+        with contextlib.suppress(DeadlineError):  # nothing came: the loop misses, and asks anew
+            for packet in self._client.stream(obs, actions=request.actions):
+                with self._changed:
+                    self.buffers.push(request, packet.indices, packet.actions)
         with self._changed:
             self.buffers.finish(request)
 

@@ -3,7 +3,8 @@
 One connection: the server sends a frame of metadata; then, over and over, the client sends an observation and the
 server answers. A plain answer is one frame. A streamed one (the observation holds `stream: true`) is any number of
 {type: 'partial', actions [k, A], step, indices [k]} and one {type: 'final', ...} with the fields of a plain answer. A
-text frame is an error, and the server closes after it. Source: openpi's websocket policy; FASTER's streaming server.
+text frame is an error, and the server closes after it, unless only the observation's `deadline_ms` was missed. Source:
+openpi's websocket policy; FASTER's streaming server.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from engine.blocks.packets import ActionChunk, ActionPacket
-from engine.errors import ProtocolError, ServerError
+from engine.errors import DeadlineError, ProtocolError, ServerError
 from engine.serve.wire import LIMITS, Limits, decode, encode
 
 #: Keys of an observation that are for the server and not for the policy.
-EPISODE, STREAM, EARLY_STOP = "episode", "stream", "early_stop"
+EPISODE, STREAM, EARLY_STOP, DEADLINE = "episode", "stream", "early_stop", "deadline_ms"
 MAX_HORIZON = 65_536
+_LATE = "DeadlineError: "
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +34,14 @@ class Request:
         episode: an integer or short text that every answer repeats, so that a client can tell stale ones; or None.
         stream: answer with partial frames.
         actions: `early_stop` of the observation: stop when that many valid actions have left; None: all.
+        deadline_ms: the first action is of use for so long after the frame has come; None: whenever it comes.
     """
 
     observation: Mapping[str, Any]
     episode: int | str | None = None
     stream: bool = False
     actions: int | None = None
+    deadline_ms: float | None = None
 
 
 def read_request(frame: bytes | str, *, stream: bool | None = None, limits: Limits = LIMITS) -> Request:
@@ -67,9 +71,14 @@ def read_request(frame: bytes | str, *, stream: bool | None = None, limits: Limi
     actions = value.pop(EARLY_STOP, None)
     if actions is not None and (isinstance(actions, bool) or not isinstance(actions, int | np.integer) or actions < 1):
         raise ProtocolError(f"{EARLY_STOP} is a number of actions, at least 1")
+    deadline = value.pop(DEADLINE, None)
+    number = isinstance(deadline, int | float | np.integer | np.floating) and not isinstance(deadline, bool)
+    if deadline is not None and not (number and 0 < deadline < 1e9):
+        raise ProtocolError(f"{DEADLINE} is a number of milliseconds above 0")
     return Request(
-        value, episode, bool(wanted) if stream is None else stream, None if actions is None else int(actions)
-    )
+        value, episode, bool(wanted) if stream is None else stream, None if actions is None else int(actions),
+        None if deadline is None else float(deadline),
+    )  # fmt: skip
 
 
 def partial_frame(packet: ActionPacket, episode: int | str | None = None) -> bytes:
@@ -167,9 +176,19 @@ class ReplyReader:
         return ActionPacket(_step(fields), indices, actions[indices], ActionChunk(actions, valid, plain))
 
 
+def late_text(fault: DeadlineError) -> str:
+    """The text frame of a missed deadline: the connection stays."""
+    return f"{_LATE}{fault}"
+
+
 def read_map(frame: bytes | str, limits: Limits = LIMITS) -> dict[str, Any]:
-    """A server's frame as a map; `ServerError` for its text frames, `ProtocolError` for anything else."""
+    """A server's frame as a map; `ServerError` for its text frames, `ProtocolError` for anything else.
+
+    `DeadlineError` where the text says that an action would be late.
+    """
     if isinstance(frame, str):
+        if frame.startswith(_LATE):
+            raise DeadlineError(frame[len(_LATE) :][:2000])
         raise ServerError(f"the policy server answered: {frame[:2000]}")
     fields = decode(frame, limits)
     if not isinstance(fields, dict):

@@ -20,8 +20,8 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from engine.blocks.packets import ActionPacket
-from engine.errors import EngineError, InputError, ProtocolError, ServerError
-from engine.serve.protocol import Request, partial_frame, read_request, result_frame
+from engine.errors import DeadlineError, EngineError, InputError, ProtocolError, ServerError
+from engine.serve.protocol import Request, late_text, partial_frame, read_request, result_frame
 from engine.serve.wire import Limits, encode
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,13 @@ STREAMS = {"ask": None, "always": True, "never": False}
 class Policy(Protocol):
     """What the server serves."""
 
-    def act_stream(self, obs: Mapping[str, Any], *, actions: int | None = None) -> Iterator[ActionPacket]:
+    def act_stream(
+        self, obs: Mapping[str, Any], *, actions: int | None = None, deadline_ms: float | None = None
+    ) -> Iterator[ActionPacket]:
         """Packets of one observation, the last one with its chunk; `actions`: stop after that many valid ones.
+
+        `deadline_ms`: `DeadlineError` where the first action would leave later than this. An option that no client uses
+        is not passed.
 
         Called in the server's one worker thread, never twice at once. The iterator is closed between two packets when
         the client has gone. An `EngineError` is reported to the client by its message, anything else without details.
@@ -78,14 +83,7 @@ class PolicyServer:
         connections: int = 16,
         send_timeout: float = 10.0,
     ):
-        if not _loopback(host) and not token:
-            raise InputError(f"host {host!r} is reachable from outside; pass token=, or host='127.0.0.1'")
-        if token is not None and not (token.isascii() and token.isprintable() and token and token == token.strip()):
-            raise InputError("token must be printable ASCII, not empty, and without spaces around it")
-        if stream not in STREAMS:
-            raise InputError(f"stream={stream!r} is not known; there are {', '.join(STREAMS)}")
-        if type(port) is not int or not 0 <= port <= 65535:
-            raise InputError(f"port={port!r} is not an integer from 0 to 65535")
+        check_options(host, port, token, stream)
         if type(connections) is not int or connections < 1 or not send_timeout > 0:
             raise InputError("connections must be at least 1, and send_timeout above 0")
         self.policy, self.host, self.port = policy, host, port
@@ -234,7 +232,7 @@ class PolicyServer:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
                 loop.call_soon_threadsafe(packets.put_nowait, (packet, fault, time.perf_counter()))
 
-        work = loop.run_in_executor(worker, _run, self.policy, request, put, gone)
+        work = loop.run_in_executor(worker, _run, self.policy, request, put, gone, begun)
         closed = asyncio.ensure_future(connection.wait_closed())
 
         def leave(_: object) -> None:
@@ -245,6 +243,10 @@ class PolicyServer:
         try:
             while True:
                 packet, fault, made = await packets.get()
+                if isinstance(fault, DeadlineError):
+                    log.warning("late: %s", fault)
+                    await self._send(connection, late_text(fault))
+                    return
                 if fault is not None:
                     raise fault
                 if packet is None:
@@ -283,13 +285,18 @@ class PolicyServer:
             await connection.close(1011, reason)
 
 
-def _run(policy: Policy, request: Request, put: Any, gone: threading.Event) -> None:
+def _run(policy: Policy, request: Request, put: Any, gone: threading.Event, begun: float) -> None:
     """In the worker thread: one request, until its final packet, an error, or nobody listens."""
     if gone.is_set():
         return
     try:
-        limit = {} if request.actions is None else {"actions": request.actions}
-        stream = policy.act_stream(request.observation, **limit)
+        options: dict[str, Any] = {} if request.actions is None else {"actions": request.actions}
+        if request.deadline_ms is not None:  # waiting for another client's request counts
+            waited = 1e3 * (time.perf_counter() - begun)
+            if waited >= request.deadline_ms:
+                raise DeadlineError(f"the request waited {waited:.1f} of {request.deadline_ms:g} ms for other clients")
+            options["deadline_ms"] = request.deadline_ms - waited
+        stream = policy.act_stream(request.observation, **options)
         try:
             for packet in stream:
                 put(packet)
@@ -302,6 +309,19 @@ def _run(policy: Policy, request: Request, put: Any, gone: threading.Event) -> N
         raise RuntimeError("the policy ended without a final packet")
     except Exception as fault:
         put(None, fault)
+
+
+def check_options(host: str, port: int, token: str | None, stream: str) -> None:
+    """InputError for options that no server can have: said before a policy is loaded."""
+    if not _loopback(host) and not token:
+        raise InputError(f"host {host!r} is reachable from outside; pass token=, or host='127.0.0.1'")
+    if token is not None and not (token.isascii() and token.isprintable() and token and token == token.strip()):
+        raise InputError("token must be printable ASCII, not empty, and without spaces around it")
+    if stream not in STREAMS:
+        raise InputError(f"stream={stream!r} is not known; there are {', '.join(STREAMS)}")
+    if type(port) is not int or not 0 <= port <= 65535:
+        raise InputError(f"port={port!r} is not an integer from 0 to 65535")
+    _websockets()
 
 
 def _loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.blocks.packets import ActionChunk, ActionPacket
 from engine.blocks.schedule import HorizonSchedule
-from engine.errors import InputError
+from engine.errors import DeadlineError, InputError
 
 HORIZON, DIMS = 16, 3
 
@@ -21,12 +21,16 @@ class FakePolicy:
         self.schedule = HorizonSchedule(HORIZON, 10)
         self.step_s, self.prefill_s = step_s, prefill_s
         self.calls: list[dict] = []
+        self.deadlines: list[float | None] = []
         self.threads: set[int] = set()
         self.closed = 0
         self.steps = 0
         self.inside = 0
 
-    def act_stream(self, obs, *, actions=None):
+    def act_stream(self, obs, *, actions=None, deadline_ms=None):
+        self.deadlines.append(deadline_ms)
+        if deadline_ms is not None and deadline_ms < 1e3 * (self.prefill_s + self.step_s):
+            raise DeadlineError("no action in time")
         if obs.get("fail") == "input":
             raise InputError("no camera image")
         return self._stream(dict(obs), actions)

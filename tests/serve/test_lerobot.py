@@ -84,6 +84,26 @@ def test_committed_actions_are_in_the_chunk(models) -> None:
         policy.select_action(late)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "reachable from outside"),
+        (["--stream", "maybe"], "stream='maybe'"),
+        (["nemotron-tiny"], "no robot policy"),
+    ],
+)
+def test_the_command_refuses_before_it_loads(monkeypatch, capsys, arguments, message) -> None:
+    pytest.importorskip("websockets")
+    import engine
+    from engine import cli
+
+    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("sys.argv", ["engine", "serve", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_served(models) -> None:
     """The stream that arrives is the stream that the model gives."""
     pytest.importorskip("websockets")

@@ -244,14 +244,18 @@ def test_requests():
     assert (request.episode, request.stream, request.actions) == (7, True, 4)
     assert not read_request(frame, stream=False).stream
     plain = read_request(encode({"prompt": "a"}))
-    assert (plain.episode, plain.stream, plain.actions) == (None, False, None)
+    assert (plain.episode, plain.stream, plain.actions, plain.deadline_ms) == (None, False, None, None)
+    for sent in (40, 40.0, np.float32(40)):
+        request = read_request(encode({"prompt": "a", "deadline_ms": sent}))
+        assert request.deadline_ms == 40 and list(request.observation) == ["prompt"]
 
 
 @pytest.mark.parametrize(
     "bad",
     [
         {"episode": 1.5}, {"episode": "x" * 65}, {"episode": [1]}, {"stream": 1}, {"early_stop": 0},
-        {"early_stop": True},
+        {"early_stop": True}, {"deadline_ms": 0}, {"deadline_ms": True}, {"deadline_ms": "9"},
+        {"deadline_ms": float("nan")},
         {"early_stop": "4"}, {b"state": 1}, [1], "obs", None,
     ],
 )  # fmt: skip

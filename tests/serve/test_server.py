@@ -14,7 +14,7 @@ import pytest
 from fakes import DIMS, HORIZON, FakePolicy
 from test_protocol import malformed
 
-from engine.errors import InputError, ServerError
+from engine.errors import DeadlineError, InputError, ServerError
 from engine.serve.client import PolicyClient
 from engine.serve.server import PolicyServer
 from engine.serve.wire import Limits, decode, encode
@@ -266,6 +266,28 @@ def test_clients_take_turns():
     assert sorted(served) == sorted("abc" * 5) and len(order) == 15
     for i in range(3, 12):
         assert len(set(served[i : i + 3])) >= 2, served
+
+
+def test_a_missed_deadline_leaves_the_connection():
+    policy = FakePolicy(prefill_s=0.05)
+    with PolicyServer(policy, port=0) as server, PolicyClient(server.uri) as client:
+        for ask in (client.infer, lambda obs: list(client.stream(obs))):
+            with pytest.raises(DeadlineError, match="no action in time"):
+                ask({"prompt": "x", "deadline_ms": 20})
+            assert client.infer({"prompt": "x", "deadline_ms": 1000})["actions"].shape == (HORIZON, DIMS)
+        assert 0 < policy.deadlines[-1] < 1000  # what passed before the policy began counts
+
+
+def test_waiting_for_another_client_counts():
+    policy = FakePolicy(prefill_s=0.3)
+    with PolicyServer(policy, port=0) as server, PolicyClient(server.uri) as slow, PolicyClient(server.uri) as other:
+        first = threading.Thread(target=slow.infer, args=({"prompt": "x"},))
+        first.start()
+        wait_for(lambda: policy.inside)
+        with pytest.raises(DeadlineError, match="for other clients"):
+            other.infer({"prompt": "y", "deadline_ms": 50})
+        first.join()
+        assert [call["prompt"] for call in policy.calls] == ["x"]
 
 
 def test_the_policy_is_closed_when_its_client_leaves():
