@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EULER, RENOISE = tl.constexpr(0), tl.constexpr(1)
+EULER, RENOISE, IMPLIED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -75,9 +75,12 @@ def end(
         at = (b * H + i) * A + c
         v = tl.load(x + at, mask=inside, other=0.0)
         said = tl.load(pred + (b * H + i).to(tl.int64) * ldp + c, mask=inside, other=0.0)
+        then = tl.load(tau + (b * (STEPS + 1) + j + 1) * H + i, mask=i < H, other=0.0)
         if RULE == EULER:
-            then = tl.load(tau + (b * (STEPS + 1) + j + 1) * H + i, mask=i < H, other=0.0)
             v += (then - now) * said
+        elif RULE == IMPLIED:
+            kept = then / tl.where(now > 0, now, 1.0)
+            v = tl.where(now > 0, tl.where(kept > 0, kept * v + (1.0 - kept) * said, said), v)
         else:
             v = tl.where(now > 0, said, v)
         tl.store(x + at, v, mask=inside)

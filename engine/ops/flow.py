@@ -14,7 +14,7 @@ from engine.ops.registry import Arrays, Case, GuardedArena, Op, cases, register
 from engine.runtime.arena import Arena, Tensor, as_tensor
 from engine.runtime.program import Program
 
-RULES = {"euler": 0, "renoise": 1}
+RULES = {"euler": 0, "renoise": 1, "implied": 2}
 MAX_CHANNELS = 128  # of an action: a program holds a row
 
 
@@ -106,7 +106,7 @@ def flow_begin(
 ) -> None:
     """out [B*H, A + P + T] = [value | context | times row] of every action; rows i32 [B*H]: its row in tables of times.
 
-    The value is the sample with its first `delay` actions replaced by the prefix ('euler'), or noise * tau +
+    The value is the sample with its first `delay` actions replaced by the prefix ('euler', 'implied'), or noise * tau +
     prediction * (1 - tau) ('renoise'). context f32 [B, P], times f32 [R, T]: optional; hidden i32 [A]: channels != 0
     that the network sees as zero. All f32. Chunks whose steps are done are left alone.
     """
@@ -150,8 +150,9 @@ def flow_end(
 ) -> None:
     """Takes the network's answer pred f32 [B*H, A], advances every chunk by a step, and lets finished rows leave.
 
-    'euler': x += (tau[j+1] - tau[j]) * pred; 'renoise': x = pred where tau[j] > 0. Rows with due == step leave into the
-    ring as clamp(s(x) * scale + offset, low, high); s is the logistic function where squash (i32 [A]) is not 0.
+    'euler': x += (tau[j+1] - tau[j]) * pred, a velocity. The others take a clean prediction, where tau[j] > 0:
+    'renoise' x = pred; 'implied' x = r * x + (1 - r) * pred with r = tau[j+1] / tau[j]. Rows with due == step leave
+    into the ring as clamp(s(x) * scale + offset, low, high); s: the logistic function where squash (i32 [A]) is not 0.
     """
     check = Check("flow_end", label)
     check.one_of("rule", rule, RULES)
@@ -233,7 +234,7 @@ def _reference(c: Case, a: Arrays) -> Arrays:
                 continue
             x[b, :d] = t["prefix"][b, :d]
             now, then = t["tau"][b, j][:, None], t["tau"][b, j + 1][:, None]
-            value = x[b] if c.rule == "euler" else t["noise"][b] * now + x[b] * (1 - now)
+            value = t["noise"][b] * now + x[b] * (1 - now) if c.rule == "renoise" else x[b]
             value = torch.where(t["hidden"] != 0, torch.zeros(()).double(), value)
             parts = [value]
             if c.p:
@@ -241,10 +242,12 @@ def _reference(c: Case, a: Arrays) -> Arrays:
             if c.t:
                 parts.append(t["times"][t["index"][b, j].long()])
             seen[call_, mine], rows[call_, mine] = torch.cat(parts, 1), t["index"][b, j]
-            x[b] = x[b] + (then - now) * pred[b] if c.rule == "euler" else torch.where(now > 0, pred[b], x[b])
+            kept = then / torch.where(now > 0, now, torch.ones_like(now)) if c.rule == "implied" else 0 * now
+            clean = torch.where(kept > 0, kept * x[b] + (1 - kept) * pred[b], pred[b])
+            x[b] = x[b] + (then - now) * pred[b] if c.rule == "euler" else torch.where(now > 0, clean, x[b])
             leaving = t["due"][b] == j
             v = x[b, leaving, : c.dims_out]
-            if c.rule == "renoise":
+            if c.rule != "euler":
                 v = torch.where(t["hidden"][: c.dims_out] != 0, v.sigmoid(), v)
             v = v * t["scale"][b] + t["offset"][b]
             bad[b] |= int(not v.isfinite().all())
@@ -276,7 +279,7 @@ def _call(c: Case, a: Arrays):
     t = {k: as_tensor(v) for k, v in a.items()}
     out = arena.alloc("out", (c.b * c.h, c.a + c.p + c.t), "f32", "io")
     rows = arena.alloc("rows", (c.b * c.h,), "i32", "io")
-    squash = t["hidden"] if c.rule == "renoise" else None
+    squash = None if c.rule == "euler" else t["hidden"]
 
     def step(pred: Tensor) -> None:
         flow_begin(state, out, rows, rule=c.rule, context=t.get("context"), times=t.get("times"), hidden=t["hidden"])

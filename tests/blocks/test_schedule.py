@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.blocks.schedule import HorizonSchedule, euler, renoise, warn_untrained
+from engine.blocks.schedule import HorizonSchedule, euler, implied, renoise, warn_untrained
 from engine.errors import InputError, ScheduleWarning
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/faster/has_schedules.json").read_text())
@@ -208,6 +208,19 @@ def test_renoise_freezes_what_is_finished_and_what_is_committed():
     trace = renoise(clean, np.linspace(-1, 1, 8)[:, None], table, prefix)
     assert (trace[:, :2] == prefix).all()
     assert (trace[1:, 2] == trace[0, 2]).all()
+
+
+def test_implied_is_renoise_with_another_path():
+    """Equal where actions end in one step, and where the prediction does not depend on the sample; else not."""
+    table, prefix = HorizonSchedule(8).at(2), np.array([[0.25], [-0.5]])
+    noise = np.linspace(-1, 1, 8)[:, None]
+    other, trace = renoise(clean, noise, table, prefix), implied(clean, noise, table, prefix)
+    assert (trace[:, :2] == prefix).all() and (trace[1:, 2] == trace[0, 2]).all()
+    assert trace[0, 2] == pytest.approx(other[0, 2], abs=1e-7)
+    assert np.abs(trace[-1] - other[-1]).max() > 1e-3
+    still = np.arange(8.0)[:, None]
+    fixed = [s(lambda x, tau: still, noise, table, prefix)[-1] for s in (renoise, implied)]
+    assert fixed[0] == pytest.approx(fixed[1], abs=1e-12)
 
 
 def test_samplers_check_their_arrays():

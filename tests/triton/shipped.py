@@ -177,7 +177,9 @@ def _policies(m: int, use: Callable) -> None:
             use(f"{name} attention", f, attention, q, k, v, cache, i32["pos"], out, heads=heads, causal=False, ws=ws,
                 **extra)  # fmt: skip
     a = Addresses()
-    for rule, h, channels, dims, context, times in (("euler", 50, 32, 14, 0, 0), ("renoise", 30, 20, 20, 20, 32)):
+    for rule, h, channels, dims, context, times in (
+        ("euler", 50, 32, 14, 0, 0), ("renoise", 30, 20, 20, 20, 32), ("implied", 30, 20, 20, 20, 32),
+    ):  # fmt: skip
         state = FlowState.empty(a, rule, 1, 10, h, channels, dims, 4)  # type: ignore[arg-type]
         parts = {n: a.alloc(n, s) for n, s in (("context", (1, context)), ("times", (306, times))) if s[1]}
         hidden, rows = a.alloc("hidden", (channels,), "i32"), a.alloc("rows", (h,), "i32")

@@ -53,10 +53,12 @@ __global__ void __launch_bounds__(kEndThreads) flow_end_kernel(FlowEndParams p) 
     float* x = p.x + (b * h + i) * a + c;
     const float pred = p.pred[(b * h + i) * p.ldp + c];
     float value = *x;
-    if (p.rule == kFlowEuler)
+    if (p.rule == kFlowEuler) {
       value += (now[h + i] - now[i]) * pred;
-    else if (now[i] > 0.f)
-      value = pred;
+    } else if (now[i] > 0.f) {
+      const float kept = p.rule == kFlowImplied ? now[h + i] / now[i] : 0.f;
+      value = kept > 0.f ? kept * value + (1.f - kept) * pred : pred;
+    }
     *x = value;
     if (c >= p.dims || p.due[b * h + i] != j || slot < 0 || slot >= p.slots) continue;
     if (p.squash && p.squash[c]) value = 1.f / (1.f + expf(-value));

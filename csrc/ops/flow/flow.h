@@ -4,13 +4,15 @@
 //
 // flow_begin: what the network sees.
 //   x[b,i,:] = prefix[b,i,:] for i < delay[b]
-//   value    = x                                     euler
+//   value    = x                                     euler, implied
 //            = noise * tau[b,j,i] + x * (1 - tau)    renoise: x is the last predicted action
 //   out[b*H+i,:] = [value, 0 in channels with hidden[c] != 0 | context[b,:] | times[row,:]], row = index[b,j,i]
 //   rows[b*H+i] = row      (context, times, hidden may be null)
 // flow_end: what the network said, pred [B*H, A].
 //   x += (tau[b,j+1,i] - tau[b,j,i]) * pred          euler
 //   x  = pred where tau[b,j,i] > 0                   renoise
+//   x  = r x + (1 - r) pred there                    implied: euler on the velocity (x - pred) / tau[b,j,i] that a clean
+//        with r = tau[b,j+1,i] / tau[b,j,i]          prediction implies
 //   rows with due[b,i] == j leave: ring[slot[b], i, c] = clamp(s(x[c]) * scale[b,c] + offset[b,c], low[c], high[c]),
 //   c < dims, s the logistic function where squash[c] != 0, else the identity; bad[b] = 1 if a value is not finite
 //   step[b] = j + 1
@@ -33,6 +35,6 @@ ENGINE_PARAMS(FlowBeginParams, ENGINE_FLOW_BEGIN_PARAMS)
   F(int64_t, batch) F(int64_t, steps) F(int64_t, horizon) F(int64_t, channels) F(int64_t, dims) F(int32_t, rule)
 ENGINE_PARAMS(FlowEndParams, ENGINE_FLOW_END_PARAMS)
 
-enum FlowRule : int32_t { kFlowEuler = 0, kFlowRenoise = 1 };
+enum FlowRule : int32_t { kFlowEuler = 0, kFlowRenoise = 1, kFlowImplied = 2 };
 
 }  // namespace engine

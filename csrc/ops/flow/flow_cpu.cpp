@@ -48,7 +48,8 @@ void flow_end(const FlowEndParams& p, Ctx& ctx) {
         const float delta = now[h + i] - now[i];
         for (int64_t c = 0; c < a; ++c) x[c] += delta * pred[c];
       } else if (now[i] > 0.f) {
-        memcpy(x, pred, size_t(a) * 4);
+        const float kept = p.rule == kFlowImplied ? now[h + i] / now[i] : 0.f;
+        for (int64_t c = 0; c < a; ++c) x[c] = kept > 0.f ? kept * x[c] + (1.f - kept) * pred[c] : pred[c];
       }
       if (p.due[b * h + i] != j || slot < 0 || slot >= p.slots) continue;
       float* to = p.ring + (slot * h + i) * p.dims;
