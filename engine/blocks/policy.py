@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class ViewsSeen:
 class FlowPolicy(Model):
     """Base of pi0.5 and X-VLA. Verbs: `act`, `act_stream`, `reset`; see there."""
 
-    rule: str
+    samplers: ClassVar[Mapping[str, str]]  # to rules of the flow ops; the first is the default
     config_type: Any
     weights: Any
     flow: FlowState
@@ -113,7 +113,12 @@ class FlowPolicy(Model):
         """Options of a load, checked; see `PolicyOptions.of`."""
         return PolicyOptions.of(folder, cls.default_profile(config), horizon=config.horizon, steps=config.steps,
                                 name=folder.name if folder else cls.__name__.lower(), checkpoint_dtype=config.dtype,
-                                vocab=cls.vocabulary(config), **options)  # fmt: skip
+                                vocab=cls.vocabulary(config), samplers=tuple(cls.samplers), **options)  # fmt: skip
+
+    @property
+    def rule(self) -> str:
+        """Of the flow ops; see engine.ops.flow."""
+        return self.samplers[self.options.sampler]
 
     @classmethod
     def vocabulary(cls, config: Any) -> int:
@@ -419,7 +424,7 @@ class FlowPolicy(Model):
         due = np.where(np.arange(len(due)) < d + count, due, -1).astype(np.int32)
         prefix = np.zeros_like(noise)
         prefix[:d] = given.prefix
-        start = noise if self.rule == "euler" else np.zeros_like(noise)
+        start = np.zeros_like(noise) if self.rule == "renoise" else noise
         for tensor, value in (
             (f.tau, table.tau), (f.index, base + table.rows), (f.prefix, prefix), (f.noise, noise), (f.x, start),
             (f.due, due), (f.scale, scale), (f.offset, offset),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.blocks.observation import InputProfile, Preprocessor, TextEncoder, profile, text_encoder
+from engine.blocks.observation import InputProfile, Preprocessor, TextEncoder, text_encoder
+from engine.blocks.observation import profile as preset
 from engine.blocks.schedule import HorizonSchedule
 from engine.errors import ConfigError, InputError, TokenizerError
 from engine.io.files import member
 from engine.io.sidecar import Sidecar, read_sidecar
-from engine.io.statistics import MODES, Statistics, read_lerobot_processor, read_norm_stats
+from engine.io.statistics import MODES, LerobotProcessor, Statistics, read_lerobot_processor, read_norm_stats
 from engine.runtime.device import parse_dtype
 
 MAX_BATCH = 64
@@ -36,6 +37,7 @@ class PolicyOptions:
     trained: HorizonSchedule | None
     max_delay: int
     preprocess: Preprocessor
+    sampler: str
     time_room: int = 0  # at least so many rows per table of times
 
     @property
@@ -70,6 +72,7 @@ class PolicyOptions:
         steps: int,
         checkpoint_dtype: str = "float32",
         vocab: int | None = None,
+        samplers: Sequence[str],
         device: str = "cpu",
         dtype: object = "auto",
         quant: str | None = None,
@@ -82,6 +85,7 @@ class PolicyOptions:
         num_steps: int | None = None,
         ready_threshold: float | None = None,
         max_delay: int | None = None,
+        sampler: str | None = None,
         profile: str | InputProfile | None = None,
         statistics: Statistics | str | Path | None = None,
         tokenizer: TextEncoder | None = None,
@@ -89,9 +93,10 @@ class PolicyOptions:
         """From a folder's side files and the arguments of a load; arguments win over faster.json, that over defaults.
 
         schedule: 'has' (with alpha and u0), 'const', or a HorizonSchedule; default: what faster.json says, else
-        'const'. max_delay: committed actions that tables are sized for, default horizon - 1. profile: an InputProfile
-        (taken as it is) or the name of a preset (faster.json adapts it). statistics: of the training data, or the path
-        of a norm_stats.json.
+        'const'. max_delay: committed actions that tables are sized for, default horizon - 1. sampler: one of
+        `samplers`, by default the first; X-VLA has 'renoise' (of its training) and 'euler' (on the velocity that its
+        predictions imply). profile: an InputProfile (taken as it is) or the name of a preset (faster.json adapts it).
+        statistics: of the training data, or the path of a norm_stats.json.
         """
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_BATCH:
             raise InputError(f"batch={batch!r} is not an integer in [1, {MAX_BATCH}]")
@@ -106,13 +111,19 @@ class PolicyOptions:
         delays = _said(sidecar, "max_delay", limit) if max_delay is None else max_delay
         if isinstance(delays, bool) or not isinstance(delays, int) or not 0 <= delays <= limit:
             raise InputError(f"max_delay={delays!r} is not an integer in [0, {limit}] for chunks of {horizon} actions")
-        chosen = profile if isinstance(profile, InputProfile) else _profile(profile, default).with_sidecar(sidecar)
+        processor = read_lerobot_processor(folder) if folder is not None else None
+        if isinstance(profile, InputProfile):
+            chosen = profile
+        else:
+            chosen = (preset(profile) if profile else default.with_processor(processor)).with_sidecar(sidecar)
         _fits(chosen, default)
-        found = _statistics(folder, statistics)
+        if sampler is not None and sampler not in samplers:
+            raise InputError(f"sampler={sampler!r} is not one of {', '.join(samplers)}")
+        found = _statistics(folder, statistics, processor)
         encoder = tokenizer or _encoder(folder)
         return PolicyOptions(
             name, device, parsed, quant, strict, progress, batch, asked, trained, delays,
-            Preprocessor(chosen, found, encoder, vocab),
+            Preprocessor(chosen, found, encoder, vocab), sampler or samplers[0],
         )  # fmt: skip
 
 
@@ -137,7 +148,10 @@ def _asked(
         if numbers or schedule.horizon != horizon:
             raise InputError(f"schedule is complete already, and its horizon must be {horizon}; drop alpha, u0, ...")
         return schedule
-    kind = schedule or _said(sidecar, "schedule", "has" if "alpha" in numbers or "u0" in numbers else "const")
+    shape = [k for k in ("alpha", "u0") if k in numbers]
+    kind = schedule or ("has" if shape else _said(sidecar, "schedule", "const"))
+    if kind == "const" and shape:
+        raise InputError(f"schedule 'const' has no {shape[0]}; drop it, or ask for schedule='has'")
     threshold = numbers.get("ready_threshold", _said(sidecar, "ready_threshold", 0.01))
     if kind == "const":
         return HorizonSchedule.constant(horizon, steps).replace(ready_threshold=threshold)
@@ -151,10 +165,6 @@ def _asked(
             "faster.json (published policies: 0.6 and 0.9; X-VLA 0.7 and 0.9)"
         )
     return HorizonSchedule(horizon, steps, values["alpha"], values["u0"], threshold)
-
-
-def _profile(asked: str | None, default: InputProfile) -> InputProfile:
-    return default if asked is None else profile(asked)
 
 
 def _fits(asked: InputProfile, own: InputProfile) -> None:
@@ -186,7 +196,9 @@ def norms_of(mapping: Mapping[str, str]) -> dict[str, str]:
     return out
 
 
-def _statistics(folder: Path | None, given: Statistics | str | Path | None) -> Statistics | None:
+def _statistics(
+    folder: Path | None, given: Statistics | str | Path | None, processor: LerobotProcessor | None
+) -> Statistics | None:
     if isinstance(given, Statistics):
         return given
     if given is not None:
@@ -197,7 +209,6 @@ def _statistics(folder: Path | None, given: Statistics | str | Path | None) -> S
     assets = sorted(folder.glob("assets/*/norm_stats.json"))
     if direct.exists() or len(assets) == 1:
         return read_norm_stats(direct if direct.exists() else assets[0])
-    processor = read_lerobot_processor(folder)
     return processor.statistics if processor is not None else None
 
 

@@ -31,6 +31,8 @@ class Sidecar:
         norm: 'quantile', 'zscore', 'minmax' or 'identity', of state and actions.
         delta_mask: per robot dimension, whether the action is relative to the state.
         robot_dims: dimensions of an action of the robot.
+        limits: (low, high) of each robot dimension; a loaded policy clamps its actions to them. In the file
+            {"low": [...], "high": [...]}.
         resize: 'pad-pil', 'pad-torch', 'pad-corner', 'stretch' or 'none'; see `engine.blocks.observation.ImageRule`.
     """
 
@@ -44,6 +46,7 @@ class Sidecar:
     norm: str | None = None
     delta_mask: tuple[bool, ...] | None = None
     robot_dims: int | None = None
+    limits: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     resize: str | None = None
 
 
@@ -83,6 +86,18 @@ def parse_sidecar(data: object, where: str = NAME) -> Sidecar:
     return sidecar
 
 
+def _limits(key: str, value: object) -> tuple[tuple[float, ...], ...]:
+    sides = [value.get(side) for side in ("low", "high")] if isinstance(value, dict) and len(value) == 2 else []
+    good = [s for s in sides if isinstance(s, list) and 1 <= len(s) <= 1024 and all(type(x) in (int, float) for x in s)]
+    low, high = [tuple(map(float, s)) for s in good] if len(good) == 2 else ((), (0.0,))
+    if len(low) != len(high) or not all(-1e30 < a <= b < 1e30 for a, b in zip(low, high)):
+        raise ConfigError(
+            f'{key} = {show(value)}; {{"low": [...], "high": [...]}} is needed, a number for each robot dimension and '
+            "low <= high"
+        )
+    return low, high
+
+
 def _check(key: str, name: str, value: object) -> object:
     words = {"schedule": SCHEDULES, "norm": NORMS, "resize": RESIZES}
     ranges = {"num_steps": (1, 1000), "max_delay": (0, 4095), "robot_dims": (1, 1024)}
@@ -92,6 +107,8 @@ def _check(key: str, name: str, value: object) -> object:
         return integer(key, value, *ranges[name])
     if name == "discrete_state_input":
         return flag(key, value)
+    if name == "limits":
+        return _limits(key, value)
     if name == "delta_mask":
         if not isinstance(value, list) or not 1 <= len(value) <= 1024:
             raise ConfigError(f"{key} = {show(value)}; a list of 1 to 1024 true or false is needed")

@@ -47,14 +47,14 @@ class LerobotProcessor:
 
     Attributes:
         statistics: as far as the pipeline carries them; lerobot/pi05_base has none.
-        state_mode, action_mode: a value of `MODES`.
+        state_mode, action_mode: a value of `MODES`; None where no step of the pipeline normalises.
         eps: what lerobot adds to a standard deviation, and puts in place of an empty range.
         max_tokens: length of the tokenised prompt, or None.
     """
 
     statistics: Statistics
-    state_mode: str = "identity"
-    action_mode: str = "identity"
+    state_mode: str | None = None
+    action_mode: str | None = None
     eps: float = 1e-8
     max_tokens: int | None = None
 
@@ -89,7 +89,7 @@ def read_lerobot_processor(folder: str | os.PathLike[str]) -> LerobotProcessor |
     path = member(home, "policy_preprocessor.json", ConfigError)
     if not path.exists():
         return None
-    modes = {"STATE": "identity", "ACTION": "identity"}
+    modes: dict[str, str | None] = {"STATE": None, "ACTION": None}
     state: Vectors = {}
     actions: Vectors = {}
     eps, max_tokens = 1e-8, None
@@ -102,6 +102,7 @@ def read_lerobot_processor(folder: str | os.PathLike[str]) -> LerobotProcessor |
         map_ = config.get("norm_map", {})
         if not isinstance(map_, dict):
             raise ConfigError(f"{path}: norm_map = {show(map_)}; an object is needed")
+        modes = {"STATE": "identity", "ACTION": "identity"}
         modes |= {k: MODES[choice(f"{path}: norm_map.{k}", map_[k], MODES)] for k in modes if k in map_}
         state = _pick(tensors, "observation.state.", f"{path}: observation.state")
         actions = _pick(tensors, "action.", f"{path}: action")

@@ -590,6 +590,34 @@ def test_lerobot_processor(tmp_path):
     Preprocessor(lerobot_pi05(["observation.images.top"], 6), read.statistics)
 
 
+def test_a_profile_takes_the_norms_of_the_processor(tmp_path):
+    """lerobot runs the saved pipeline; one without a normaliser says nothing."""
+    own = lerobot_pi05(["observation.images.top"], 6)
+    lerobot_folder(tmp_path, mode="MEAN_STD")
+    read = read_lerobot_processor(tmp_path)
+    p = own.with_processor(read)
+    assert (p.state_norm, p.action_norm, p.eps) == ("zscore", "zscore", 1e-8)
+    (tmp_path / "policy_preprocessor.json").write_text('{"name": "p", "steps": []}')
+    empty = read_lerobot_processor(tmp_path)
+    assert empty.state_mode is None and own.with_processor(empty) == own == own.with_processor(None)
+
+
+@pytest.mark.parametrize(
+    ("convention", "sizes"), [("openpi", {4: True, 6: True, 7: False}), ("lerobot", {4: False, 6: True})]
+)
+def test_the_state_has_the_length_of_its_statistics(convention, sizes):
+    given = Statistics(stats(6), stats(6))
+    p = profile("faster-agilex").with_robot_dims(6).replace(convention=convention)
+    use = Preprocessor(p, given, None)
+    for n, good in sizes.items():
+        obs = {"images": {"cam_high": np.zeros((8, 8, 3), np.uint8)}, "state": np.zeros(n), "tokens": [2, 3]}
+        if good:
+            assert len(use(obs).state) == n
+        else:
+            with pytest.raises(InputError, match=f"has {n} numbers and its statistics 6"):
+                use(obs)
+
+
 @pytest.mark.parametrize(
     "change", [{"mode": "QUANTILE10"}, {"state_file": "../x.safetensors"}, {"state_file": "no.safetensors"}]
 )
@@ -604,13 +632,14 @@ def test_sidecar(tmp_path):
     text = (
         '{"schedule": "has", "alpha": 0.6, "u0": 0.9, "num_steps": 10, "ready_threshold": 0, "max_delay": 10, '
         '"discrete_state_input": false, "norm": "zscore", "delta_mask": [true, false], "robot_dims": 2, '
-        '"resize": "pad-torch"}'
+        '"resize": "pad-torch", "limits": {"low": [-1, -2.5], "high": [1, 0]}}'
     )
     (tmp_path / "faster.json").write_text(text)
     read = read_sidecar(tmp_path)
     assert read.alpha == 0.6 and read.ready_threshold == 0 and read.delta_mask == (True, False)
     p = profile("faster-agilex").with_sidecar(read)
     assert (p.action.robot_dim, p.delta_mask, p.prompt, p.image.resize) == (2, (True, False), "plain", "pad-torch")
+    assert p.limits == ((-1, -2.5), (1, 0))
     assert profile("faster-agilex").with_sidecar(Sidecar()) == profile("faster-agilex")
 
 
@@ -620,6 +649,9 @@ def test_sidecar(tmp_path):
         {"alfa": 0.6}, {"alpha": 1.5}, {"alpha": "0.6"}, {"u0": 1}, {"u0": True}, {"num_steps": 0},
         {"num_steps": 2.0}, {"schedule": "HAS"}, {"schedule": "has"}, {"delta_mask": [1]},
         {"delta_mask": [True], "robot_dims": 2}, {"norm": "x"},
+        {"limits": [[0], [1]]}, {"limits": {"low": [0]}}, {"limits": {"low": [1], "high": [0]}},
+        {"limits": {"low": [0, 0], "high": [1]}}, {"limits": {"low": [0], "high": [1e31]}},
+        {"limits": {"low": [0], "high": [True]}},
         {"ready_threshold": -1}, {"max_delay": -1}, {"robot_dims": 10**9}, {"resize": 3}, {"discrete_state_input": 0},
     ],
 )  # fmt: skip

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _faster import DATA, PI05_JSON, XVLA_JSON, golden, small_folder, small_pi05, small_xvla, write_folder
-from _flow_engine import KINDS, given_times, load, peer_sample, request, sample, stream
+import torch
+from _faster import DATA, PI05_JSON, XVLA_JSON, golden, small_folder, small_pi05, small_xvla, write_folder, xvla_golden
+from _flow_engine import ANY, KINDS, given_times, load, peer_sample, request, sample, stream
 from _peer_faster import CASES, TOLERANCE, compare, flow_cases
 
 from engine.blocks.observation import ActionSpace, View
 from engine.blocks.policy import FlowPolicy
-from engine.blocks.schedule import HorizonSchedule
+from engine.blocks.schedule import HorizonSchedule, implied
 from engine.errors import BusyError, ClosedError, ConfigError, DeadlineError, EngineError, InputError, ScheduleWarning
 from engine.models.pi05.config import Pi05Config
+from engine.models.pi05.model import Pi05
+from engine.models.xvla.model import XVLA
 from engine.runtime.plan import Plan
 
 TINY = {"pi05": PI05_JSON, "xvla": XVLA_JSON}
@@ -52,7 +55,7 @@ def tiny(request, folders) -> FlowPolicy:
 
 
 def kind_of(model: FlowPolicy) -> str:
-    return "pi05" if model.rule == "euler" else "xvla"
+    return "pi05" if isinstance(model, Pi05) else "xvla"
 
 
 def golden_request(model: FlowPolicy, delay: int = 0, absent: bool = True):
@@ -204,6 +207,43 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._plan, name)
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@pytest.mark.filterwarnings("ignore::engine.errors.ScheduleWarning")
+@torch.no_grad()
+def test_the_other_sampler_of_xvla(folders, delay: int) -> None:
+    """Euler on the velocity that predictions imply: the plain sampler around the plain network."""
+    io, reference = golden("xvla"), xvla_golden()
+    schedule = schedule_of_kind("xvla")
+    model = load("xvla", folders["xvla"], sampler="euler", schedule=schedule)
+    noise = noise_of(model)
+    got = sample(model, golden_request(model, delay), noise, schedule)
+    context = reference.context(*(io[k][:1] for k in ("images", "image_mask", "tokens", "domain_id")))
+
+    def net(x: np.ndarray, tau: np.ndarray) -> np.ndarray:
+        x, tau = (torch.from_numpy(a.copy())[None].float() for a in (x, tau))
+        return reference.predict(x, io["state"][:1], tau, context, io["domain_id"][:1])[0].numpy()
+
+    prefix = io["action_prefix_d3"][0, :delay].numpy() if delay else None
+    want = implied(net, noise, schedule.at(delay), prefix)[-1]
+    assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+    other = sample(load("xvla", folders["xvla"], schedule=schedule), golden_request(model, delay), noise, schedule)
+    assert np.abs(other - got)[delay + 2 :].max() > 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "ddim"}, "sampler='ddim' is not one of"),
+        ({"schedule": "const", "alpha": 0.6}, "schedule 'const' has no alpha"),
+        ({"schedule": "const", "u0": 0.9}, "schedule 'const' has no u0"),
+        ({"alpha": 0.6}, "needs alpha= and u0="),
+    ],
+)
+def test_options_that_do_nothing_are_refused(folders, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        XVLA.load(folders["xvla"], statistics=ANY, **options)
 
 
 # ------------------------------------------------------------------------------------------ batches and steps

@@ -136,7 +136,12 @@ class Preprocessor:
             if not finite:
                 raise InputError(f"{key} holds NaN or infinity; a sensor of the robot is not ready")
             parts.append(array.astype(np.float64).reshape(-1))
-        return np.concatenate(parts)
+        state = np.concatenate(parts)
+        norm, n = self.state_norm, len(state)
+        # openpi's statistics may be longer, for they were once taken behind the padding.
+        if norm.mode != "identity" and (n > norm.dims or (n < norm.dims and norm.convention == "lerobot")):
+            raise InputError(f"the state has {n} numbers and its statistics {norm.dims}; are they of this robot?")
+        return state
 
     @property
     def _needs_state(self) -> bool:

@@ -15,6 +15,7 @@ from engine.blocks.observation.images import RANGES, RESIZES, ImageRule
 from engine.blocks.observation.normalization import CONVENTIONS, MODES
 from engine.errors import ConfigError
 from engine.io.sidecar import Sidecar
+from engine.io.statistics import LerobotProcessor
 
 PROMPTS = {
     "state": "'Task: ..., State: <bins>;\\nAction: ', BOS first",
@@ -110,6 +111,12 @@ class InputProfile:
         mask = kept if delta_mask is None else delta_mask
         return replace(self, action=replace(self.action, robot_dim=dims), delta_mask=mask)
 
+    def with_processor(self, processor: LerobotProcessor | None) -> InputProfile:
+        """With how `policy_preprocessor.json` normalises, where it does: it is what lerobot runs."""
+        if processor is None or processor.state_mode is None or processor.action_mode is None:
+            return self
+        return replace(self, state_norm=processor.state_mode, action_norm=processor.action_mode, eps=processor.eps)
+
     def with_sidecar(self, sidecar: Sidecar | None) -> InputProfile:
         """With what `faster.json` says; its fields win."""
         if sidecar is None:
@@ -122,6 +129,8 @@ class InputProfile:
             out = replace(out, state_norm=sidecar.norm, action_norm=sidecar.norm)
         if sidecar.discrete_state_input is not None and out.prompt != "padded":
             out = replace(out, prompt="state" if sidecar.discrete_state_input else "plain")
+        if sidecar.limits is not None:
+            out = replace(out, limits=sidecar.limits)
         if sidecar.resize is not None:
             out = replace(out, image=replace(out.image, resize=sidecar.resize))
         return out

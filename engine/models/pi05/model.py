@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Pi05(FlowPolicy):
 
     config: Pi05Config
     config_type = Pi05Config
-    rule = "euler"
+    samplers: ClassVar = {"euler": "euler"}
 
     @classmethod
     def default_profile(cls, config: Pi05Config) -> InputProfile:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class XVLA(FlowPolicy):
 
     config: XVLAConfig
     config_type = XVLAConfig
-    rule = "renoise"
+    samplers: ClassVar = {"renoise": "renoise", "euler": "implied"}
 
     @classmethod
     def default_profile(cls, config: XVLAConfig) -> InputProfile:
