@@ -530,6 +530,10 @@ MUTANTS += [
         "if (j < 0 || j >= p.steps) return;\n  const float tau",
         "const float tau",
     ),
+    Mutant(FLOW, "flow", "implied is renoise", "p.rule == kFlowImplied ?", "false ?"),
+    Mutant(FLOW, "flow", "sample and prediction swapped", "kept * value + (1.f - kept) * pred",
+           "kept * pred + (1.f - kept) * value"),
+    Mutant(FLOW, "flow", "ratio of times upside down", "now[h + i] / now[i]", "now[i] / now[h + i]"),
     Mutant(FLOW, "flow_begin", "one committed action too many", "i < p.delay[b]", "i <= p.delay[b]"),
     Mutant(FLOW, "flow_begin", "prefix not kept", "      p.x[row * a + c] = x;\n", ""),
     Mutant(

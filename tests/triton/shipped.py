@@ -50,7 +50,9 @@ class Addresses:
     def __init__(self) -> None:
         self.next = 1 << 32
 
-    def alloc(self, name: str, shape: tuple[int, ...], dtype: str = "f32", part: str = "workspace") -> Tensor:
+    def alloc(
+        self, name: str, shape: tuple[int, ...], dtype: str = "f32", part: str = "workspace", mapped: bool = False
+    ) -> Tensor:
         nbytes = DTYPES[dtype][0]
         for n in shape:
             nbytes *= n
