@@ -91,6 +91,8 @@ void bind_cuda(py::module_& m) {
            })
       .def_property_readonly("graph_nodes", &CudaTape::graph_nodes)
       .def("capture", &CudaTape::capture, nogil)
+      .def("launch", &CudaTape::launch, nogil)
+      .def("synchronize", &CudaTape::synchronize, nogil)
       .def("start", &CudaTape::start, nogil)
       .def("wait", &CudaTape::wait, nogil)
       .def("drain", &CudaTape::drain, nogil)

@@ -61,20 +61,21 @@ class CudaTape {
   void capture();
   // Graph nodes of the captured step; may exceed size() when an op launches several kernels.
   size_t graph_nodes() const { return graph_nodes_; }
-  // Queues the step behind those that were queued before. Each start() is ended by a wait(), which returns once the
-  // oldest of them is done, while later ones run; drain() ends all.
+  // Queues the step; work queued later on the same tape runs after it.
+  void launch();
+  void synchronize();
+  // The same for who wants to know of each: a start() is ended by a wait(), which returns once the oldest of them is
+  // done, while later ones run; drain() ends all.
   void start();
   void wait();
   void drain();
-  // Queued and done: what Tape::replay means.
+  // launch() and synchronize(): what Tape::replay means.
   void replay();
   // Nanoseconds per node between events, launched one by one.
   std::vector<int64_t> replay_timed();
 
  private:
   void open();
-  void launch();
-  void synchronize();
   int device_;
   void* stream_ = nullptr;
   void* exec_ = nullptr;

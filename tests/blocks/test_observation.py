@@ -610,7 +610,7 @@ def test_the_state_has_the_length_of_its_statistics(convention, sizes):
     p = profile("faster-agilex").with_robot_dims(6).replace(convention=convention)
     use = Preprocessor(p, given, None)
     for n, good in sizes.items():
-        obs = {"images": {"cam_high": np.zeros((8, 8, 3), np.uint8)}, "state": np.zeros(n), "tokens": [2, 3]}
+        obs = {"images": {"cam_high": np.zeros((224, 224, 3), np.uint8)}, "state": np.zeros(n), "tokens": [2, 3]}
         if good:
             assert len(use(obs).state) == n
         else:

@@ -49,9 +49,16 @@ class EmulatedTape:
     def capture(self) -> None:
         self.graph_nodes = len(self)
 
+    def launch(self) -> None:
+        for run, _ in self._nodes:
+            run()
+
+    def synchronize(self) -> None:
+        """Nothing is ever under way."""
+
     def start(self) -> None:
         """The device is as far ahead of the host as it can be: done at once."""
-        self.replay()
+        self.launch()
         self._started += 1
 
     def wait(self) -> None:
@@ -62,8 +69,7 @@ class EmulatedTape:
         self._started = 0
 
     def replay(self) -> None:
-        for run, _ in self._nodes:
-            run()
+        self.launch()
 
     def replay_timed(self) -> list[int]:
         out = []
