@@ -10,6 +10,7 @@
 #include "fields.h"
 #include "ops/attention/attention.h"
 #include "ops/gemm/gemm.h"
+#include "ops/guide/guide.h"
 #include "ops/moe/moe.h"
 #include "ops/ops.h"
 #include "ops/sample/sample.h"
@@ -80,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
     return out;
   });
   m.def("attention_workspace", &attention_workspace, py::arg("m"), py::arg("heads"), py::arg("d"), py::arg("ctx"));
+  m.def("guide_workspace", &guide_workspace_bytes, py::arg("batch"), py::arg("t"), py::arg("k"), py::arg("precise"));
   m.def("moe_up_workspace", &moe_up_workspace, py::arg("m"), py::arg("top_k"), py::arg("d"), py::arg("format"),
         py::arg("group"), py::arg("shared_format"), py::arg("shared_group"));
   m.def("moe_down_workspace", &moe_down_workspace, py::arg("m"), py::arg("top_k"), py::arg("inner"), py::arg("shared"),

@@ -6,6 +6,7 @@
 #include "ops/flow/flow.h"
 #include "ops/gather/gather.h"
 #include "ops/gemm/gemm.h"
+#include "ops/guide/guide.h"
 #include "ops/moe/moe.h"
 #include "ops/norm/norm.h"
 #include "ops/rng/rng.h"
@@ -25,6 +26,8 @@
   X(gemm, GemmParams, with_cuda) \
   X(gemm_pack, GemmPackParams, cpu_only) \
   X(gemm_peak, GemmPeakParams, cpu_only) \
+  X(guide, GuideParams, with_cuda) \
+  X(guide_joints, GuideJointsParams, with_cuda) \
   X(moe_down, MoeDownParams, with_cuda) \
   X(moe_route, MoeRouteParams, with_cuda) \
   X(moe_up, MoeUpParams, with_cuda) \

@@ -637,6 +637,69 @@ MUTANTS += [
     Mutant(CONV, "conv_depthwise", "channels not bounded", "  if (i >= c) return;", ""),
 ]
 
+GUIDE = "ops/guide/guide.cu"
+MUTANTS += [
+    Mutant(GUIDE, "guide", "heading not doubled", "moves ? 2 * (v[t - 1]", "moves ? 1 * (v[t - 1]"),
+    Mutant(GUIDE, "guide", "heading of this frame", "2 * (v[t - 1] * std_of(0)", "2 * (v[t] * std_of(0)"),
+    Mutant(GUIDE, "guide", "turned the other way", "px = ax * c - az * s;", "px = ax * c + az * s;"),
+    Mutant(GUIDE, "guide", "path of one warp", "i < warp; ++i) before += m_.warps", "i < 0; ++i) before += m_.warps"),
+    Mutant(GUIDE, "guide", "later frames lost", "i > warp; --i) after", "i > kWarps; --i) after"),
+    Mutant(GUIDE, "guide", "scan one short", "if (lane + d < 32) v += other;", "if (lane + d < 31) v += other;"),
+    Mutant(GUIDE, "guide", "height without its scale", "height += unit * ey * std_of(3);", "height += unit * ey;"),
+    Mutant(GUIDE, "guide", "turn of joints lost", "turn += lx * gz - lz * gx;", ""),
+    Mutant(GUIDE, "guide", "turn of the path lost", "2 * (turn + px * fz - pz * fx)", "2 * turn"),
+    Mutant(GUIDE, "guide", "force on the wrong row", "const int row = t ? t - 1 : int(w_) - 1;", "const int row = t;"),
+    Mutant(GUIDE, "guide", "mask ignored", "const R m = mask_[k * w_ + t];", "const R m = 1;"),
+    Mutant(GUIDE, "guide", "unused slot pulls", "if (!live || j < 0) continue;", "if (!live) continue;"),
+    Mutant(
+        GUIDE,
+        "guide",
+        "rows behind the end pull",
+        "const bool on = joint(k) >= 0 && t < frames_ &&",
+        "const bool on = joint(k) >= 0 &&",
+    ),
+    Mutant(GUIDE, "guide", "trial read early", "    __syncthreads();  // v is written\n", ""),
+    Mutant(GUIDE, "guide", "frame 0 moved", "      if (!t) continue;  // the path begins at the origin\n", ""),
+    Mutant(GUIDE, "guide", "joints forget the path's move", "to[0] - rx - m_.moved[0][t]", "to[0] - rx"),
+    Mutant(
+        GUIDE,
+        "guide",
+        "path's move not shared",
+        "    if (t == 0 && root_ >= 0) move_root();\n    __syncthreads();",
+        "    if (t == 0 && root_ >= 0) move_root();",
+    ),
+    Mutant(GUIDE, "guide", "units ignored", "R(2 * double(p_.metres) * p_.metres / controlled_)", "R(2 / controlled_)"),
+    Mutant(
+        GUIDE, "guide", "fp32 for fp64", "if (p.precise)\n      solve<double>", "if (!p.precise)\n      solve<double>"
+    ),
+    Mutant(GUIDE, "guide_update", "frames behind the end written", "row % p.t >= p.frames[row / p.t]", "false"),
+    Mutant(GUIDE, "guide_update", "no noise", "if (p.noise) next", "if (false) next"),
+    Mutant(
+        GUIDE, "guide_update", "last block lost", "p.d + kUpdateThreads - 1) / kUpdateThreads", "p.d) / kUpdateThreads"
+    ),
+    Mutant(
+        GUIDE,
+        "guide_joints",
+        "heading of one warp",
+        "i < warp; ++i) before += sums[i]",
+        "i < 0; ++i) before += sums[i]",
+    ),
+    Mutant(
+        GUIDE,
+        "guide_joints",
+        "root drawn as a joint",
+        "const float lx = j ? value(x, f) : 0.f",
+        "const float lx = value(x, f)",
+    ),
+    Mutant(
+        GUIDE,
+        "guide_joints",
+        "dead frames shown",
+        "const bool live = t < p.t && t < frames,",
+        "const bool live = t < p.t,",
+    ),
+]
+
 CHANNELS = "ops/channel_attention/channel_attention.cu"
 MUTANTS += [
     Mutant(CHANNELS, "channel_attention", "q and k swapped", "left[n * d + i], right[n * d + j], acc",
@@ -664,6 +727,7 @@ MUTANTS += [
 
 # Mutant.id: why no case can tell it from the original.
 SURVIVORS: dict[str, str] = {
+    "guide: frame 0 moved": "no step leads to frame 0, so the loop behind the test has no turn there",
     "rng: half dropped": "changes a normal by one part in 2^33 unless its word is tiny, and no case draws a tiny one",
     "rng: fp32 logarithm": "one fp32 rounding more, which the tolerance of the normals allows",
 }

@@ -17,6 +17,8 @@ from engine.ops.conv import conv_depthwise, conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather, gather_mean
 from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
+from engine.ops.guide import JointTargets, guide, guide_joints
+from engine.ops.guide import workspace_bytes as guide_workspace
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
 from engine.ops.norm import norm
 from engine.ops.rng import rng
@@ -70,6 +72,12 @@ CALLS = {
                    "offset": new(3)},
     conv_depthwise: {"x": new(1, 4, 4, 8), "weight": new(9, 8), "bias": new(8), "out": new(1, 4, 4, 8)},
     channel_attention: {"qkv": new(4, 24), "out": new(4, 8), "groups": 2, "batch": 2},
+    guide: {"x0": new(6, 35), "x": new(6, 35), "batch": 2, "noise": new(6, 35), "frames": new(2, dtype="i32"),
+            "solver": "lbfgs", "targets": JointTargets(
+                new(2, 2, dtype="i32"), new(2, 3, 2, 3), new(2, 3, 2), new(35), new(35), new(2, 4),
+                new(guide_workspace(2, 3, 2), dtype="u8"))},
+    guide_joints: {"x": new(6, 35), "mean": new(35), "std": new(35), "out": new(6, 3, 3), "batch": 2,
+                   "frames": new(2, dtype="i32")},
     flow_begin: {"state": FLOW, "out": new(6, 16), "rows": new(6, dtype="i32"), "context": new(2, 3),
                  "times": new(7, 8), "hidden": new(5, dtype="i32")},
     flow_end: {"state": FLOW, "pred": new(6, 5), "squash": new(5, dtype="i32")},
@@ -149,6 +157,11 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
             "lies on image",
         ),
         (gemm, {"x": LONG.slice(0, (T, D)), "out": LONG.slice(8, (T, 8))}, "out lies on x"),
+        (guide, {"solver": "none"}, "solver 'none' and targets do not go together"),
+        (guide, {"solver": "newton"}, "solver 'newton' is not one of"),
+        (guide, {"history": 11}, r"history=11 is not in \[1, 10\]"),
+        (guide, {"batch": 4}, "6 rows are not 4 equal motions"),
+        (guide, {"x": None}, "noise goes into x"),
         (rng, {"kind": "bits"}, "out is f32"),
         (rng, {"kind": "cauchy"}, "kind 'cauchy' is not one of bits"),
     ],
