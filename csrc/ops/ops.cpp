@@ -2,6 +2,7 @@
 
 #include "ops/attention/attention.h"
 #include "ops/channel_attention/channel_attention.h"
+#include "ops/codebook/codebook.h"
 #include "ops/conv/conv.h"
 #include "ops/flow/flow.h"
 #include "ops/gather/gather.h"
@@ -17,6 +18,8 @@
 #define ENGINE_OPS(X) \
   X(attention, AttentionParams, with_cuda) \
   X(channel_attention, ChannelAttentionParams, with_cuda) \
+  X(codebook_conv, CodebookConvParams, with_cuda) \
+  X(codebook_search, CodebookSearchParams, with_cuda) \
   X(conv_depthwise, ConvDepthwiseParams, with_cuda) \
   X(conv_patches, ConvPatchesParams, with_cuda) \
   X(flow_begin, FlowBeginParams, with_cuda) \

@@ -637,6 +637,70 @@ MUTANTS += [
     Mutant(CONV, "conv_depthwise", "channels not bounded", "  if (i >= c) return;", ""),
 ]
 
+CODEBOOK = "ops/codebook/codebook.cu"
+MUTANTS += [
+    Mutant(CODEBOOK, "codebook_search", "no lengths", "p.norms[k] - 2.f * sum[r]", "-2.f * sum[r]"),
+    Mutant(CODEBOOK, "codebook_search", "product once", "- 2.f * sum[r]", "- 1.f * sum[r]"),
+    Mutant(CODEBOOK, "codebook_search", "last code wins a tie", "if (distance < best[r])", "if (distance <= best[r])"),
+    Mutant(CODEBOOK, "codebook_search", "last warp wins a tie", "found[w][r] < id)", "found[w][r] > id)"),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "one warp looked at",
+        "for (int w = 1; w < kWarps; ++w)",
+        "for (int w = 1; w < 1; ++w)",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "last lane lost",
+        "for (int d = 16; d; d /= 2) sum[r]",
+        "for (int d = 8; d; d /= 2) sum[r]",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "rows of the next block",
+        "first = int64_t(blockIdx.x) * kRows",
+        "first = int64_t(blockIdx.x)",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "vectors read early",
+        "x[i] = r < rows ? p.x[(first + r) * p.ldx + i % p.d] : 0.f;\n  }\n  __syncthreads();",
+        "x[i] = r < rows ? p.x[(first + r) * p.ldx + i % p.d] : 0.f;\n  }",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "winners read early",
+        "found[warp][r] = at[r];\n  }\n  __syncthreads();",
+        "found[warp][r] = at[r];\n  }",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "choice read early",
+        "if (!p.out) return;\n  __syncthreads();",
+        "if (!p.out) return;",
+    ),
+    Mutant(
+        CODEBOOK,
+        "codebook_search",
+        "rows behind the last",
+        "if (int(threadIdx.x) < rows) {",
+        "if (int(threadIdx.x) < kRows) {",
+    ),
+    Mutant(CODEBOOK, "codebook_search", "blocks too few", "(p.m + kRows - 1) / kRows", "p.m / kRows"),
+    Mutant(CODEBOOK, "codebook_conv", "no bias", "float sum = p.bias[i];", "float sum = 0.f;"),
+    Mutant(CODEBOOK, "codebook_conv", "taps not centred", "n + j - p.taps / 2", "n + j"),
+    Mutant(CODEBOOK, "codebook_conv", "sequences run together", "if (from < 0 || from >= p.n) continue;", ""),
+    Mutant(CODEBOOK, "codebook_conv", "first tap for all", "(id * p.taps + j) * p.c", "(id * p.taps) * p.c"),
+    Mutant(CODEBOOK, "codebook_conv", "always rectified", "p.relu ? fmaxf(sum, 0.f) : sum", "fmaxf(sum, 0.f)"),
+    Mutant(CODEBOOK, "codebook_conv", "ids of the first sequence", "p.ids[begin + from]", "p.ids[from]"),
+]
+
 GUIDE = "ops/guide/guide.cu"
 MUTANTS += [
     Mutant(GUIDE, "guide", "heading not doubled", "moves ? 2 * (v[t - 1]", "moves ? 1 * (v[t - 1]"),

@@ -13,6 +13,7 @@ from engine.errors import InputError
 from engine.ops.attention import KVCache, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
 from engine.ops.channel_attention import channel_attention
+from engine.ops.codebook import codebook_conv, codebook_search
 from engine.ops.conv import conv_depthwise, conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather, gather_mean
@@ -72,6 +73,9 @@ CALLS = {
                    "offset": new(3)},
     conv_depthwise: {"x": new(1, 4, 4, 8), "weight": new(9, 8), "bias": new(8), "out": new(1, 4, 4, 8)},
     channel_attention: {"qkv": new(4, 24), "out": new(4, 8), "groups": 2, "batch": 2},
+    codebook_search: {"x": new(5, 6), "codes": new(4, 6), "norms": new(4), "ids": new(5, dtype="i32"),
+                      "out": new(5, 6)},
+    codebook_conv: {"ids": new(6, dtype="i32"), "table": new(4, 3, 8), "bias": new(8), "out": new(6, 8), "batch": 2},
     guide: {"x0": new(6, 35), "x": new(6, 35), "batch": 2, "noise": new(6, 35), "frames": new(2, dtype="i32"),
             "solver": "lbfgs", "targets": JointTargets(
                 new(2, 2, dtype="i32"), new(2, 3, 2, 3), new(2, 3, 2), new(35), new(35), new(2, 4),
@@ -108,7 +112,7 @@ def wrong_calls():
 # Where any length or shape is right.
 FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0", "gather_mean-out-0",
         "norm-modulation.table-0", "flow_begin-times-0", "flow_begin-state.ring-0",
-        "flow_end-state.ring-0"}  # fmt: skip
+        "flow_end-state.ring-0", "codebook_conv-table-0"}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)

@@ -18,6 +18,7 @@ from typing import Any
 
 from engine.ops.attention import KVCache, Pads, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
+from engine.ops.codebook import codebook_search
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up, moe_workspace
@@ -190,6 +191,12 @@ def _policies(m: int, use: Callable) -> None:
         use(f"{rule} end", "f32", flow_end, state, a.alloc("said", (h, channels)), rule=rule, squash=hidden)
 
 
+def _codebooks(m: int, use: Callable) -> None:
+    a, k, d = Addresses(), 1024, 768
+    x, codes, norms = a.alloc("x", (m, d)), a.alloc("codes", (k, d)), a.alloc("norms", (k,))
+    use("codebook search", "f32", codebook_search, x, codes, norms, a.alloc("ids", (m,), "i32"), a.alloc("q", (m, d)))
+
+
 def shipped_programs(m: int = 512) -> list[Shipped]:
     """Recorded by calling the public ops at the widths of the model, in a step of m rows."""
     out: list[Shipped] = []
@@ -200,7 +207,7 @@ def shipped_programs(m: int = 512) -> list[Shipped]:
             op(*args, **named)
         out.extend(Shipped(name, format, p) for p in driver.programs)
 
-    for ops in (_gemms, _moes, _ssms, _attentions, _policies):
+    for ops in (_gemms, _moes, _ssms, _attentions, _policies, _codebooks):
         ops(m, use)
     return out
 
