@@ -37,7 +37,7 @@ def codebook_search(
         check.apart("out", out, x=x, codes=codes)
 
     def programs() -> list[Program]:
-        blocks = {"BM": 16, "BK": 64, "BD": max(16, min(32, power_of_two(d)))}
+        blocks = {"BM": 16, "BK": 32, "BD": max(16, min(32, power_of_two(d)))}
         return [Program("codebook.search", (-(-m // blocks["BM"]), 1, 1),
                         {"x": x, "codes": codes, "norms": norms, "ids": ids, "out": out, "ldx": x.ld,
                          "ldo": out.ld if out else 0, "m": m}, {"D": d, "K": k, **blocks})]  # fmt: skip

@@ -8,6 +8,7 @@
 
 #include "base/launch.h"
 #include "base/ptx.cuh"
+#include "ops/guide/angles.h"
 #include "ops/guide/lbfgs.h"
 
 namespace engine::cuda {
@@ -17,8 +18,9 @@ constexpr int kThreads = int(kGuideMaxFrames);
 constexpr int kWarps = kThreads / 32;
 constexpr int kUpdateThreads = 256;
 
-__device__ __forceinline__ void sin_cos(float a, float* s, float* c) { sincosf(a, s, c); }
-__device__ __forceinline__ void sin_cos(double a, double* s, double* c) { sincos(a, s, c); }
+__device__ __forceinline__ void sin_cos(float a, float* s, float* c) { heading(a, s, c); }
+// In half turns, for the same reason: see angles.h.
+__device__ __forceinline__ void sin_cos(double a, double* s, double* c) { sincospi(a * 0.318309886183790672, s, c); }
 
 template <class R> struct Shared {
   LbfgsMemory memory;
@@ -374,7 +376,7 @@ __global__ void __launch_bounds__(kThreads) guide_joints_kernel(GuideJointsParam
   const auto value = [&](const float* row, int64_t f) { return row[f] * p.std[f] + p.mean[f]; };
   const double phi = scan(moves ? 2. * value(last, 0) : 0., warps[0]);
   double sine, cosine;
-  sincos(phi, &sine, &cosine);
+  sin_cos(phi, &sine, &cosine);
   const double vx = moves ? value(last, 1) : 0., vz = moves ? value(last, 2) : 0.;
   const float rx = float(scan(vx * cosine - vz * sine, warps[1])), rz = float(scan(vx * sine + vz * cosine, warps[2]));
   if (t >= p.t) return;

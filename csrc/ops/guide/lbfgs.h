@@ -25,6 +25,7 @@ struct LbfgsMemory {
   double sy[kLbfgsSlots][kLbfgsSlots];  // s_i . y_j, j not older than i
   double yy[kLbfgsSlots][kLbfgsSlots];
   double found[4 * kLbfgsSlots];
+  double al[kLbfgsSlots];
   double of_s[kLbfgsSlots], of_y[kLbfgsSlots], of_g;  // of the direction
 };
 
@@ -147,7 +148,7 @@ template <class Team> class Lbfgs {
         m.yy[fresh][at] = m.yy[at][fresh] = m.found[4 * j + 1];
       }
       const double *sg = m.found + 4 * first + 2, *yg = sg + 1;
-      double al[kLbfgsSlots] = {};
+      double* al = m.al;
       for (int i = count_ - 1; i >= 0; --i) {
         double sq = -sg[4 * i];
         for (int j = count_ - 1; j > i; --j) sq -= al[j] * m.sy[slot(i)][slot(j)];
