@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.models.motok.config import MoTokConfig
-from engine.models.motok.guidance_reference import Constraints, recover_from_ric
+from engine.models.motok.guidance_reference import Targets, recover_from_ric
 
 # Tables that follow from the sizes.
 DERIVED = ("position_enc.pe", "pos_embed.embed")
@@ -98,7 +100,7 @@ def statistics(joints: int = 22) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def constrained(frames: int = 64, joints: tuple[int, ...] = (0, 20), every: int = 3, of: int = 22, scale: float = 1.0,
-                reach: float = 0.2) -> tuple[torch.Tensor, Constraints]:  # fmt: skip
+                reach: float = 0.2) -> tuple[torch.Tensor, Targets]:  # fmt: skip
     """A motion x [frames, 12 * of - 1], and constraints around where some of its joints are; lengths are 1 / scale
     metres."""
     mean, std = statistics(of)
@@ -109,4 +111,35 @@ def constrained(frames: int = 64, joints: tuple[int, ...] = (0, 20), every: int 
     target = scale * recover_from_ric(x * std + mean) + reach * uniform("guide.target", frames, of, 3)
     mask = torch.zeros(frames, of, dtype=torch.bool)
     mask[::every, list(joints)] = True
-    return x, Constraints(target, mask, mean, std, scale)
+    return x, Targets(target, mask, mean, std, scale)
+
+
+def check(x: Tensor, first: list[float], last: float | None, total: float, squares: float, rel: float = 1e-9) -> None:
+    """Compare with golden numbers: the first four entries, the last one, sum and sum of squares."""
+    x = x.flatten()
+    scale = float(x.square().mean().sqrt())
+    assert x[:4].tolist() == pytest.approx(first, rel=rel, abs=rel * scale)
+    assert last is None or float(x[-1]) == pytest.approx(last, rel=rel, abs=rel * scale)
+    assert float(x.sum()) == pytest.approx(total, rel=rel)
+    assert float(x.square().sum()) == pytest.approx(squares, rel=rel)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small products, and a second thread waits for a core that something else uses."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def reachable(**case: Any) -> tuple[Tensor, Targets]:
+    x, c = constrained(**case)
+    target = c.target.clone()
+    target[0, 0, [0, 2]] = 0
+    return x, replace(c, target=target)

@@ -1,18 +1,17 @@
 """Kinematics of a motion and the solvers that pull it onto joint constraints, in plain torch.
 
 The arbiter of the guidance kernels. Everything acts on one sample: a motion x [T, D] as the model has it (normalised),
-D = 12 * J - 1, and is computed in the dtype of x. Constraints and losses are in metres. Sources: Gu et al. 2026 (arXiv
+D = 12 * J - 1, and is computed in the dtype of x. Targets and losses are in metres. Sources: Gu et al. 2026 (arXiv
 2603.19227), eq. 12 and section 3.4; features of HumanML3D (Guo et al. 2022); solver settings of InterControl.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.models.motok.config import Guidance
@@ -83,7 +82,7 @@ def joints_of(features: int) -> int:
 
 
 @dataclass(frozen=True)
-class Constraints:
+class Targets:
     """Where joints have to be.
 
     target: [T, J, 3] metres. mask: [T, J] bool, which of them count. mean, std: [D], statistics of the motion. scale:
@@ -112,7 +111,7 @@ class Constraints:
         if not bool(self.target[self.mask].isfinite().all()):
             raise InputError("a constrained position is not finite")
 
-    def to(self, dtype: torch.dtype) -> Constraints:
+    def to(self, dtype: torch.dtype) -> Targets:
         """The same with its numbers in `dtype`."""
         target, mean, std = (x.to(dtype) for x in (self.target, self.mean, self.std))
         return replace(self, target=target, mean=mean, std=std)
@@ -128,12 +127,12 @@ class Constraints:
         return torch.where(self.mask[..., None], self.scale * joints - self.target, 0.0)
 
 
-def control_loss(x: Tensor, c: Constraints) -> Tensor:
+def control_loss(x: Tensor, c: Targets) -> Tensor:
     """Mean square of the constrained coordinates' errors, in m^2; differentiable in x [T, D]."""
     return c.error(recover_from_ric(c.motion(x))).square().sum() / (3 * int(c.mask.sum()))
 
 
-def distances(x: Tensor, c: Constraints) -> Tensor:
+def distances(x: Tensor, c: Targets) -> Tensor:
     """Distance of every constrained joint to its target, in metres, frame by frame: [number of constraints]."""
     return c.error(recover_from_ric(c.motion(x))).norm(dim=-1)[c.mask]
 
@@ -161,180 +160,56 @@ def pull_back(k: Kinematics, force: Tensor, std: Tensor) -> Tensor:
     return grad * std
 
 
-def loss_and_gradient(x: Tensor, c: Constraints) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(x: Tensor, c: Targets) -> tuple[Tensor, Tensor]:
     """`control_loss` of x [T, D] and its gradient [T, D], without autograd."""
     k = kinematics(c.motion(x))
     error, count = c.error(k.joints), 3 * int(c.mask.sum())
     return error.square().sum() / count, pull_back(k, 2 * c.scale / count * error, c.std)
 
 
-# ---- L-BFGS ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Point:
-    """A place on the line of a search: distance, value, gradient and slope."""
-
-    t: float
-    f: float
-    g: Tensor
-    slope: float
-
-
-def _cubic(a: _Point, b: _Point, low: float, high: float) -> float:
-    """Minimum of the cubic through two points, kept within [low, high]; its middle where the cubic has none."""
-    if a.t == b.t:
-        return (low + high) / 2.0
-    d1 = a.slope + b.slope - 3 * (a.f - b.f) / (a.t - b.t)
-    square = d1 * d1 - a.slope * b.slope
-    if not square >= 0:
-        return (low + high) / 2.0
-    d2 = math.sqrt(square)
-    near, far = (a, b) if a.t <= b.t else (b, a)
-    bend = far.slope - near.slope + 2 * d2
-    if bend == 0:
-        return (low + high) / 2.0
-    return min(max(far.t - (far.t - near.t) * ((far.slope + d2 - d1) / bend), low), high)
-
-
-def _search(probe: Callable[[float], _Point], start: _Point, t: float, size: float, limit: int, tolerance: float,
-            c1: float = 1e-4, c2: float = 0.9) -> tuple[_Point, int]:  # fmt: skip
-    """Step that meets the strong Wolfe conditions, or the best one within `limit` + 1 probes, and the probes made.
-
-    size: largest entry of the direction; a bracket that moves no entry by more than `tolerance` is final.
-    """
-
-    def too_high(p: _Point) -> bool:
-        return p.f > start.f + c1 * p.t * start.slope
-
-    def flat(p: _Point) -> bool:
-        return abs(p.slope) <= -c2 * start.slope
-
-    before, here, turns = start, probe(t), 0
-    while turns < limit:
-        if too_high(here) or (turns > 1 and here.f >= before.f):
-            break
-        if flat(here):
-            return here, turns + 1
-        if here.slope >= 0:
-            break
-        t = _cubic(before, here, here.t + 0.01 * (here.t - before.t), here.t * 10)
-        before, here, turns = here, probe(t), turns + 1
-    ends = [before if turns < limit else start, here]
-    low = 0 if ends[0].f <= ends[1].f else 1
-    stuck, done = False, False
-    while not done and turns < limit:
-        near, far = min(ends[0].t, ends[1].t), max(ends[0].t, ends[1].t)
-        if abs(ends[1].t - ends[0].t) * size < tolerance:
-            break
-        t, margin = _cubic(ends[0], ends[1], near, far), 0.1 * (far - near)
-        if min(far - t, t - near) < margin:
-            # Twice close to an end, or on it: step off it.
-            if stuck or t >= far or t <= near:
-                t, stuck = (far - margin if abs(t - far) < abs(t - near) else near + margin), False
-            else:
-                stuck = True
-        else:
-            stuck = False
-        here, turns = probe(t), turns + 1
-        if too_high(here) or here.f >= ends[low].f:
-            ends[1 - low] = here
-            low = 0 if ends[0].f <= ends[1].f else 1
-        else:
-            done = flat(here)
-            if not done and here.slope * (ends[1 - low].t - ends[low].t) >= 0:
-                ends[1 - low] = ends[low]
-            ends[low] = here
-    return ends[low], turns + 1
+# ---- solvers --------------------------------------------------------------------------------------------------------
 
 
 def lbfgs(
     objective: Objective, x: Tensor, calls: int = 1, *, history: int = 10, max_iter: int = 4,
-    max_eval: int | None = None, tolerance_grad: float = 1e-7, tolerance_change: float = 1e-9,
     max_evals: int | None = None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Minimise by L-BFGS with a strong Wolfe search, call by call as `torch.optim.LBFGS` (2.13, lr 1) does.
+    """Minimise by `torch.optim.LBFGS` with a strong Wolfe search and lr 1.
 
     Args:
         objective: flat x -> (value, gradient), the gradient a fresh tensor.
         x: [n], where to begin; it is not written to.
         calls: how often `step` of the optimizer is called; it keeps its history from call to call.
-        max_eval: evaluations after which a call ends, 5/4 max_iter if None. It also bounds the turns of a line search.
         max_evals: no call begins that could exceed this many evaluations in all.
 
     Returns:
         The new x [n] and the evaluations made.
     """
-    max_eval = max_iter * 5 // 4 if max_eval is None else max_eval
-    pairs: list[tuple[Tensor, Tensor, float]] = []  # differences of gradients and of x, and 1 / their product
-    diagonal, evals = 1.0, 0
-    d, t, g_before = None, 1.0, None
+    place = nn.Parameter(x.clone())
+    optimizer = torch.optim.LBFGS([place], history_size=history, max_iter=max_iter, line_search_fn="strong_wolfe")
+    evals, most = 0, max_iter * 5 // 4 + 1  # of a call: its bound is that of a search's turns
+
+    def closure() -> float:
+        nonlocal evals
+        evals += 1
+        value, place.grad = objective(place.detach().clone())
+        return value
+
     for _ in range(calls):
-        if max_evals is not None and evals + max_eval + 1 > max_evals:
+        if max_evals is not None and evals + most > max_evals:
             break
-        f, g = objective(x)
-        used = 1
-        for turns in range(1, max_iter + 1):
-            if used == 1 and float(g.abs().max()) <= tolerance_grad:
-                break
-            if d is None or g_before is None:
-                d = g.neg()
-                t = min(1.0, 1.0 / float(g.abs().sum()))
-            else:
-                y, s = g - g_before, d * t
-                product = float(y.dot(s))
-                if product > 1e-10:
-                    pairs = [*pairs, (y, s, 1.0 / product)][-history:]
-                    diagonal = product / float(y.dot(y))
-                d, t = _direction(g, pairs, diagonal), 1.0
-            g_before, f_before = g, f
-            slope = float(g.dot(d))
-            if slope > -tolerance_change:
-                break
-            point, probes = _search(_line(objective, x, d), _Point(0.0, f, g, slope), t, float(d.abs().max()),
-                                    max_eval - used, tolerance_change)  # fmt: skip
-            f, g, t = point.f, point.g, point.t
-            x = x.add(d, alpha=t)
-            used += probes
-            if turns == max_iter or used >= max_eval or float(g.abs().max()) <= tolerance_grad:
-                break
-            if float((d * t).abs().max()) <= tolerance_change or abs(f - f_before) < tolerance_change:
-                break
-        evals += used
-    return x, evals
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return place.detach(), evals
 
 
-def _line(objective: Objective, x: Tensor, d: Tensor) -> Callable[[float], _Point]:
-    def probe(t: float) -> _Point:
-        f, g = objective(x.add(d, alpha=t))
-        return _Point(t, f, g, float(g.dot(d)))
-
-    return probe
-
-
-def _direction(g: Tensor, pairs: list[tuple[Tensor, Tensor, float]], diagonal: float) -> Tensor:
-    """-H g by the two loops over the history."""
-    q, weights = g.neg(), []
-    for y, s, rho in reversed(pairs):
-        weights.append(float(s.dot(q)) * rho)
-        q = q.add(y, alpha=-weights[-1])
-    q = q * diagonal
-    for (y, s, rho), weight in zip(pairs, reversed(weights), strict=True):
-        q = q.add(s, alpha=weight - float(y.dot(q)) * rho)
-    return q
-
-
-# ---- the other solvers ----------------------------------------------------------------------------------------------
-
-
-def gd(x: Tensor, c: Constraints, eta: float, iters: int) -> Tensor:
+def gd(x: Tensor, c: Targets, eta: float, iters: int) -> Tensor:
     """Plain gradient steps on `control_loss` (eq. 12)."""
     for _ in range(iters):
         x = x - eta * loss_and_gradient(x, c)[1]
     return x
 
 
-def gd_norm(x: Tensor, c: Constraints, variance: float, iters: int) -> Tensor:
+def gd_norm(x: Tensor, c: Targets, variance: float, iters: int) -> Tensor:
     """Gradient steps on the sum of distances, as OmniControl takes them; row 0 stays.
 
     The step is 20 / (frames of the most constrained joint) times the variance of the posterior, at least 0.01.
@@ -350,7 +225,7 @@ def gd_norm(x: Tensor, c: Constraints, variance: float, iters: int) -> Tensor:
     return x
 
 
-def project(x: Tensor, c: Constraints) -> Tensor:
+def project(x: Tensor, c: Targets) -> Tensor:
     """Meet the constraints in one pass, at the cost of the bodies' proportions.
 
     The root's way between two controlled frames takes up their difference in equal parts, the least change of its
@@ -375,7 +250,7 @@ def project(x: Tensor, c: Constraints) -> Tensor:
 
 
 def guide(
-    x: Tensor, c: Constraints, g: Guidance, k: int, variance: float = 0.0, evals: int = 0
+    x: Tensor, c: Targets, g: Guidance, k: int, variance: float = 0.0, evals: int = 0
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Pull an estimate x [T, D] of sampled step k (0: the last) onto the constraints with the solver of `g`.
 
