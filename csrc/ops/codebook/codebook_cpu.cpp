@@ -1,6 +1,6 @@
 // codebook: the nearest code of each vector, and a convolution over codes as sums of table rows
 // layout   all row-major f32
-// mapping  search: four rows per task, so that a code is read once for them. conv: one task per position
+// mapping  search: four rows per task, four codes at a time in registers. conv: one task per position
 // moves    search: codes once per four rows, from L2 after the first. conv: taps rows of the table, out once
 // tried    -
 #include "ops/codebook/codebook.h"
@@ -10,7 +10,9 @@
 #include "base/simd.h"
 
 namespace engine::cpu::ENGINE_NS {
-namespace { constexpr int64_t kRows = 4; }  // namespace
+// Sixteen sums in registers.
+constexpr int64_t kRows = 4;
+constexpr int64_t kCodes = 4;
 
 void codebook_search(const CodebookSearchParams& p, Ctx& ctx) {
   for (int64_t task; (task = claim(ctx)) < ceil_div(p.m, kRows);) {
@@ -23,17 +25,34 @@ void codebook_search(const CodebookSearchParams& p, Ctx& ctx) {
       best[r] = INFINITY;
       at[r] = 0;
     }
-    for (int64_t k = 0; k < p.k; ++k) {
-      const float* code = p.codes + k * p.d;
-      F16 sum[kRows] = {zero(), zero(), zero(), zero()};
+    for (int64_t k0 = 0; k0 < p.k; k0 += kCodes) {
+      const int64_t codes = imin(kCodes, p.k - k0);
+      const float* code[kCodes];
+      for (int64_t j = 0; j < kCodes; ++j) code[j] = p.codes + (k0 + imin(j, codes - 1)) * p.d;
+      F16 sum[kRows][kCodes];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int j = 0; j < kCodes; ++j) sum[r][j] = zero();
       for (int64_t i = 0; i < p.d; i += 16) {
-        const F16 c = loadn(code + i, p.d - i);
-        for (int64_t r = 0; r < kRows; ++r) sum[r] = fma(loadn(x[r] + i, p.d - i), c, sum[r]);
+        F16 c[kCodes];
+#pragma GCC unroll 4
+        for (int j = 0; j < kCodes; ++j) c[j] = loadn(code[j] + i, p.d - i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const F16 v = loadn(x[r] + i, p.d - i);
+#pragma GCC unroll 4
+          for (int j = 0; j < kCodes; ++j) sum[r][j] = fma(v, c[j], sum[r][j]);
+        }
       }
-      for (int64_t r = 0; r < kRows; ++r) {
-        const float distance = p.norms[k] - 2.f * reduce_add(sum[r]);
-        if (distance < best[r]) best[r] = distance, at[r] = k;
-      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kCodes; ++j)
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          if (j >= codes) continue;
+          const float distance = p.norms[k0 + j] - 2.f * reduce_add(sum[r][j]);
+          if (distance < best[r]) best[r] = distance, at[r] = k0 + j;
+        }
     }
     for (int64_t r = 0; r < rows; ++r) {
       p.ids[first + r] = int32_t(at[r]);

@@ -382,8 +382,6 @@ void guide(const GuideParams& p, Ctx& ctx) {
 }
 
 void guide_joints(const GuideJointsParams& p, Ctx& ctx) {
-  const int64_t d = 12 * p.joints - 1;
-  (void)d;
   for (int64_t b; (b = claim(ctx)) < p.batch;) {
     const int64_t frames = p.frames ? imin(imax(p.frames[b], 0), p.t) : p.t;
     const auto value = [&](int64_t t, int64_t f) { return p.x[(b * p.t + t) * p.ldx + f] * p.std[f] + p.mean[f]; };
@@ -394,13 +392,14 @@ void guide_joints(const GuideJointsParams& p, Ctx& ctx) {
         for (int64_t i = 0; i < 3 * p.joints; ++i) out[i] = 0.f;
         continue;
       }
+      if (t) phi += 2. * value(t - 1, 0);
+      const double cosine = std::cos(phi), sine = std::sin(phi);
       if (t) {
-        phi += 2. * value(t - 1, 0);
         const double vx = value(t - 1, 1), vz = value(t - 1, 2);
-        rx += vx * std::cos(phi) - vz * std::sin(phi);
-        rz += vx * std::sin(phi) + vz * std::cos(phi);
+        rx += vx * cosine - vz * sine;
+        rz += vx * sine + vz * cosine;
       }
-      const float c = float(std::cos(phi)), s = float(std::sin(phi));
+      const float c = float(cosine), s = float(sine);
       out[0] = float(rx), out[1] = value(t, 3), out[2] = float(rz);
       for (int64_t j = 1; j < p.joints; ++j) {
         const int64_t f = 4 + 3 * (j - 1);
