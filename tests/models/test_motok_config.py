@@ -7,17 +7,12 @@ import math
 from typing import Any
 
 import pytest
-from _motok import (
-    one_thread,
-    tiny,
-)
+from _motok_tiny import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.models.motok.config import MoTokConfig
-
-__all__ = ["one_thread"]
 
 FULL = MoTokConfig.humanml3d()
 VARIANTS = [MoTokConfig.humanml3d(1), FULL, MoTokConfig.humanml3d(3), MoTokConfig.kit()]

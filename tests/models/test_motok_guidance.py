@@ -9,14 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _motok import (
-    check,
-    constrained,
-    error,
-    normal,
-    one_thread,
-    reachable,
-)
+from _motok import check, constrained, error, normal, one_thread, reachable
 from torch import Tensor
 
 from engine.errors import InputError

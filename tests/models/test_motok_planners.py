@@ -7,16 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from _motok import (
-    check,
-    error,
-    filled,
-    normal,
-    one_thread,
-    single_waves,
-    tiny,
-    uniform,
-)
+from _motok import check, error, filled, normal, one_thread, single_waves, uniform
+from _motok_tiny import tiny
 from torch import Tensor
 
 from engine.errors import InputError

@@ -7,18 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _motok import (
-    TINY,
-    check,
-    constrained,
-    error,
-    filled,
-    normal,
-    one_thread,
-    reachable,
-    tiny,
-    uniform,
-)
+from _motok import check, constrained, error, filled, normal, one_thread, reachable, uniform
+from _motok_tiny import TINY, tiny
 from torch import Tensor, nn
 
 from engine.errors import InputError
