@@ -39,6 +39,10 @@ def activate(v, ACT: tl.constexpr):
         v = v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
     elif ACT == 4:
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACT == 5:
+        v = tl.maximum(v, 0.0)
+    elif ACT == 6:
+        v = v / (1.0 + tl.exp(-1.702 * v))
     return v
 
 
@@ -70,16 +74,17 @@ def group_norms(x, z, rstd, rows, m, ldx, ldz, eps, NORM_GROUP: tl.constexpr, BL
 
 @triton.jit
 def rows(
-    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps, norm_bias, mod, mod_rows, ldmod,
+    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps, norm_bias, mod, mod_rows, ldmod, ldtap,
     K: tl.constexpr, LDA: tl.constexpr, PER: tl.constexpr, NORM: tl.constexpr, NORM_GROUP: tl.constexpr,
     PRO_ACT: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, TAP: tl.constexpr,
 ):  # fmt: skip
     """out [M, LDA] in FORMAT (scales [K/GROUP, M] when quantised) from x [M, K]. Grid (M); PER rows per live one.
 
     NORM 0: as it is; 1: RMS norm; 2: x * silu(z), times rstd of its norm group; 3: layer norm; 4: act(x) * z. 1 and 3
     are followed by norm and norm_bias, then by scale and shift at columns SCALE and SHIFT (-1: none) of row
-    mod_rows[m] of mod. K padding of LDA is written as zero.
+    mod_rows[m] of mod. TAP: a row is K / TAP pieces of x, ldtap apart (0: one piece). K padding of LDA is written as
+    zero.
     """
     row = tl.program_id(0)
     if row >= live_rows(live, m // PER) * PER:
@@ -106,7 +111,10 @@ def rows(
         mod += tl.load(mod_rows + row).to(tl.int64) * ldmod
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        v = tl.load(x + k, mask=k < K, other=0.0)
+        if TAP > 0:
+            v = tl.load(x + (k // TAP).to(tl.int64) * ldtap + k % TAP, mask=k < K, other=0.0)
+        else:
+            v = tl.load(x + k, mask=k < K, other=0.0)
         if NORM == 2:
             v *= silu(tl.load(z + row.to(tl.int64) * ldz + k, mask=k < K, other=0.0))
             v *= tl.load(rstd + row * (K // NORM_GROUP) + k // NORM_GROUP, mask=k < K, other=0.0)

@@ -21,6 +21,14 @@ enum Prologue : int32_t {
   kProGlu = 4,             // act(x) * z
 };
 
-enum Act : int32_t { kActNone = 0, kActRelu2 = 1, kActSilu = 2, kActGeluTanh = 3, kActGeluErf = 4 };
+enum Act : int32_t {
+  kActNone = 0,
+  kActRelu2 = 1,
+  kActSilu = 2,
+  kActGeluTanh = 3,
+  kActGeluErf = 4,
+  kActRelu = 5,
+  kActQuickGelu = 6,  // x * sigmoid(1.702 x)
+};
 
 }  // namespace engine

@@ -357,6 +357,8 @@ ENGINE_INLINE F16 activate(F16 x, int32_t act) {
       const F16 a = abs(x);
       return mul(set1(0.5f), fma(a, erf_positive(mul(a, set1(0.7071067811865476f))), x));
     }
+    case kActRelu: return max(x, zero());
+    case kActQuickGelu: return mul(x, sigmoid(mul(x, set1(1.702f))));
     default: return x;
   }
 }

@@ -17,7 +17,7 @@ from engine.runtime.arena import DTYPES, Arena, Tensor, as_tensor
 from engine.runtime.program import Program
 
 FORMATS = {"f32": 0, "bf16": 1, "i8": 2, "i4": 3}
-ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4}
+ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4, "relu": 5, "quick_gelu": 6}
 PROLOGUES = {"none": 0, "rms": 1, "gated": 2, "layer": 3, "glu": 4}
 SRC = {"f32": 0, "bf16": 1, "f16": 2}
 MAX_K = 65536  # rows are packed in per-thread scratch
@@ -179,6 +179,20 @@ class Modulation:
         return self.scale is not None or self.shift is not None
 
 
+@dataclass(frozen=True)
+class Taps:
+    """A convolution over rows: row m of the product reads rows m * stride + j * dilation, j < count, of x [R, C]; the
+    weights are [N, count * C], tap after tap. Padding is rows of zeros in x."""
+
+    count: int
+    dilation: int = 1
+    stride: int = 1
+
+    def rows(self, m: int) -> int:
+        """Rows of x that m rows of the product read."""
+        return (m - 1) * self.stride + (self.count - 1) * self.dilation + 1
+
+
 def workspace_bytes(m: int, k: int) -> int:
     """Bytes of ws for any format and ISA: packed activations of m rows.
 
@@ -254,6 +268,9 @@ def row_programs(
     norm_bias: Tensor | None = None,
     modulation: Modulation | None = None,
     pro_act: str = "none",
+    ldx: int | None = None,
+    tap: int = 0,
+    ldtap: int = 0,
 ) -> list[Program]:
     """Norm and rounding of activations. rstd [m, k/norm_group]: scratch of the gated norm; per: rows per live row."""
     out = []
@@ -279,13 +296,14 @@ def row_programs(
                 "scales": to.scales,
                 "live": rows,
                 "m": m,
-                "ldx": x.ld,
+                "ldx": x.ld if ldx is None else ldx,
                 "ldz": gate.ld if gate else 0,
                 "eps": eps,
                 "norm_bias": norm_bias,
                 "mod": mod.table if mod else None,
                 "mod_rows": mod.rows if mod else None,
                 "ldmod": mod.table.ld if mod else 0,
+                "ldtap": ldtap,
             },
             {
                 "K": k,
@@ -299,6 +317,7 @@ def row_programs(
                 "FORMAT": FORMATS[to.format],
                 "GROUP": to.group,
                 "BLOCK": block,
+                "TAP": tap,
             },
             warps=max(1, min(8, block // 256)),
             fusion=False,  # codes are rounded products: x * (127 / amax), then half to even
@@ -373,6 +392,7 @@ def gemm(
     norm_bias: Tensor | None = None,
     pro_act: str = "none",
     modulation: Modulation | None = None,
+    taps: Taps | None = None,
 ) -> None:
     """out[m,:] = act(p(x)[m,:] @ w.T + bias) * scale * modulation.gate[m,:] + residual[m,:].
 
@@ -382,11 +402,23 @@ def gemm(
         'layer'  the same behind a layer norm (biased variance)
         'gated'  v = x * silu(gate [M,K]), then RMS norm over groups of `norm_group` channels, * norm
         'glu'    pro_act(x) * gate
+    taps: p gathers rows of x [R, C], R = taps.rows(M), without a prologue: a convolution.
     rows (i32 [1]), read at run time, replaces M. ws: workspace_bytes(M, K).
     """
     check, k = Check("gemm", label), w.k
-    check.takes("x", x, (None, k), strided=True)
-    m = x.shape[0]
+    if taps is None:
+        check.takes("x", x, (None, k), strided=True)
+        m, ldx, tap, ldtap = x.shape[0], x.ld, 0, 0
+    else:
+        check.takes("out", out, (None, w.n), "f32|bf16", strided=True)
+        m = out.shape[0]
+        check.need(
+            min(taps.count, taps.dilation, taps.stride) >= 1 and k % taps.count == 0, f"{taps} do not divide K = {k}"
+        )
+        check.takes("x", x, (taps.rows(m), k // taps.count), strided=True)
+        ldx, tap, ldtap = taps.stride * x.ld, k // taps.count, taps.dilation * x.ld
+        if ldtap == tap:  # the pieces lie side by side: rows that overlap
+            tap = ldtap = 0
     w.fits(check, "w", w.n, k, w.count)
     check.takes("out", out, (m, w.n), "f32|bf16", strided=True)
     check.may_take("residual", residual, (m, w.n), strided=True)
@@ -406,6 +438,8 @@ def gemm(
         check.fail("prologue 'glu' needs gate")
     if kind not in ("rms", "layer") and (norm_bias is not None or (modulation is not None and modulation.norms)):
         check.fail(f"norm_bias and the scale and shift of a modulation need prologue 'rms' or 'layer', not {kind!r}")
+    if taps is not None and kind != "none":
+        check.fail(f"taps and prologue {kind!r} exclude each other")
     if modulation is not None:
         modulation.fits(check, m, w.n, k)
     if ws is not None:
@@ -414,7 +448,7 @@ def gemm(
         check.fail(f"M*K = {m * k} needs ws of workspace_bytes(M, K)")
     # The C++ kernel of few rows knows the prologues of decoding; the others run as programs for any number of rows.
     decodes = kind in ("none", "gated") or (kind == "rms" and norm is not None)
-    plain = decodes and norm_bias is None and modulation is None
+    plain = decodes and norm_bias is None and modulation is None and not tap
 
     def programs() -> list[Program]:
         if ws is None:
@@ -422,13 +456,14 @@ def gemm(
         a = Activations.place(ws, 0, m, k, w.format, w.group)
         rstd = part(ws, a.nbytes, "f32", m, k // norm_group) if kind == "gated" else None
         pre = row_programs(x, a, rows=rows, norm=norm, gate=gate, norm_group=norm_group, eps=eps, rstd=rstd,
-                           prologue=kind, norm_bias=norm_bias, modulation=modulation, pro_act=pro_act)  # fmt: skip
+                           prologue=kind, norm_bias=norm_bias, modulation=modulation, pro_act=pro_act, ldx=ldx, tap=tap,
+                           ldtap=ldtap)  # fmt: skip
         return [*pre, matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual,
                                      modulation=modulation)]  # fmt: skip
 
     mod = modulation
     call("gemm", label, nbytes=w.matrix_bytes, programs=programs if many_rows(m) or not plain else None,
-         x=x, ldx=x.ld, w=w.data, out=out, ldo=out.ld,
+         x=x, ldx=ldx, w=w.data, out=out, ldo=out.ld,
          residual=residual, ldr=residual.ld if residual else 0,
          bias=bias, pro_w=norm, z=gate,
          ldz=gate.ld if gate else 0, ws=ws, rows=rows, m=m, n=w.n, k=k,
@@ -437,7 +472,7 @@ def gemm(
          mod=mod.table if mod else None, ldmod=mod.table.ld if mod else 0,
          mod_dtype=SRC[mod.table.dtype] if mod else 0, mod_rows=mod.rows if mod else None,
          mod_scale=_column(mod.scale if mod else None), mod_shift=_column(mod.shift if mod else None),
-         mod_gate=_column(mod.gate if mod else None))  # fmt: skip
+         mod_gate=_column(mod.gate if mod else None), tap=tap, ldtap=ldtap)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -467,6 +502,8 @@ def activate(x, act: str):
         "silu": F.silu,
         "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
         "gelu": F.gelu,
+        "relu": F.relu,
+        "quick_gelu": lambda v: v * (1.702 * v).sigmoid(),
     }[act](x)
 
 
@@ -484,9 +521,14 @@ def layer_norm(x, eps: float):
 TABLE_ROWS = 5  # of the modulation in cases
 
 
+def _taps(c: Case) -> Taps | None:
+    return Taps(c.taps, c.dims.get("dilation", 1), c.dims.get("stride", 1)) if c.dims.get("taps") else None
+
+
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
-    f = np.float32
-    out = {"x": rng.standard_normal((c.m, c.k)).astype(f), "w": (rng.standard_normal((c.n, c.k)) / c.k**0.5).astype(f)}
+    f, taps = np.float32, _taps(c)
+    shape = (taps.rows(c.m), c.k // taps.count) if taps else (c.m, c.k)
+    out = {"x": rng.standard_normal(shape).astype(f), "w": (rng.standard_normal((c.n, c.k)) / c.k**0.5).astype(f)}
     if c.dims.get("epilogue"):
         out |= {"bias": rng.standard_normal(c.n).astype(f), "residual": rng.standard_normal((c.m, c.n)).astype(f)}
     kind = c.dims.get("prologue", "none")
@@ -518,7 +560,9 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     w = torch.from_numpy(PackedMatrix.pack("w", a["w"], c.dtype).unpack()).double()
     t = {k: torch.from_numpy(v).double() for k, v in a.items() if v.dtype == np.float32}
-    x, kind = t["x"], c.dims.get("prologue", "none")
+    x, kind, taps = t["x"], c.dims.get("prologue", "none"), _taps(c)
+    if taps:
+        x = torch.cat([x[j * taps.dilation :][: taps.stride * c.m : taps.stride] for j in range(taps.count)], -1)
     if kind == "glu":
         x = activate(x, c.act) * t["gate"]
     elif kind == "gated":
@@ -548,7 +592,9 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
     ws = arena.alloc("ws", (workspace_bytes(c.m, c.k),), "u8")
     dst = as_tensor(out)
     extra = {"bias": t["bias"], "residual": t["residual"], "act": c.act, "scale": 0.5} if "bias" in t else {}
-    kind = c.dims.get("prologue", "none")
+    kind, taps = c.dims.get("prologue", "none"), _taps(c)
+    if taps:
+        extra["taps"] = taps
     if kind in ("layer", "glu", "adaptive"):
         extra |= {"prologue": "rms" if kind == "adaptive" else kind, "norm_bias": t.get("norm_bias")}
     if kind == "glu":
@@ -639,7 +685,33 @@ register(
                 ),
             ),
             *cases(
+                "tiny",
+                *(
+                    {
+                        "m": m,
+                        "n": 40,
+                        "k": k,
+                        "dtype": f,
+                        "taps": t,
+                        "dilation": d,
+                        "stride": s,
+                        "epilogue": 1,
+                        "act": act,
+                        "programs": int(d > 1),
+                    }
+                    for f in _F
+                    for m, k, t, d, s, act in (
+                        (12, 160, 5, 1, 1, "relu"),
+                        (19, 96, 3, 3, 1, "quick_gelu"),
+                        (9, 128, 4, 1, 2, "silu"),
+                        (3, 192, 3, 9, 1, "relu"),
+                    )
+                ),
+            ),
+            *cases(
                 "odd",
+                {"m": 4, "n": 7, "k": 39, "dtype": "f32", "taps": 3, "dilation": 2, "programs": 1},
+                {"m": 11, "n": 5, "k": 35, "dtype": "bf16", "taps": 5, "stride": 3},
                 {"m": 5, "n": 37, "k": 53, "dtype": "f32", "prologue": "layer", "programs": 1},
                 {"m": 17, "n": 21, "k": 101, "dtype": "bf16", "prologue": "adaptive", "mod": "f32", "programs": 1},
                 {"m": 3, "n": 9, "k": 45, "dtype": "bf16", "prologue": "glu", "act": "gelu", "programs": 1},

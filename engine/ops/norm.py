@@ -1,4 +1,4 @@
-"""RMS and layer norm of rows, with weight, bias and modulation (csrc/ops/norm)."""
+"""RMS and layer norm of rows, or none, with weight, bias, modulation and activation (csrc/ops/norm)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from engine.ops.checks import Check
 from engine.ops.dispatch import call
-from engine.ops.gemm import PROLOGUES, SRC, Modulation, layer_norm, rms_norm
+from engine.ops.gemm import ACTS, PROLOGUES, SRC, Modulation, activate, layer_norm, rms_norm
 from engine.ops.registry import Arrays, Case, Op, cases, guarded, register
 from engine.runtime.arena import Tensor, as_tensor
 
-KINDS = ("rms", "layer")
+KINDS = ("none", "rms", "layer")
 
 
 def norm(
@@ -23,11 +23,13 @@ def norm(
     bias: Tensor | None = None,
     modulation: Modulation | None = None,
     eps: float = 1e-5,
+    act: str = "none",
     rows: Tensor | None = None,
     label: str = "",
 ) -> None:
-    """out [M,K] = the norm of each row of x + add [M,K] (f32, out may be x), * weight + bias, then the modulation's
-    scale and shift. For norms that more than one product reads; in front of one product a norm is a prologue of gemm.
+    """out [M,K] = act(the norm of each row of x + add (f32, out may be x), * weight + bias, then the modulation's scale
+    and shift). add [M,K], or [K] for every row. kind 'none': the sum as it is, without weight, bias and modulation.
+    For norms that more than one product reads; in front of one product a norm is a prologue of gemm.
     """
     check = Check("norm", label)
     check.one_of("kind", kind, KINDS)
@@ -35,11 +37,14 @@ def norm(
     m, k = x.shape
     check.need(m > 0 and k > 0, f"x is {m} rows of {k} values; at least one of each is needed")
     check.takes("out", out, (m, k), strided=True)
-    check.may_take("add", add, (m, k), strided=True)
+    check.may_take("add", add, [(m, k), (k,)], strided=True)
+    check.one_of("act", act, ACTS)
     check.may_take("weight", weight, (k,))
     check.may_take("bias", bias, (k,))
     check.may_take("rows", rows, (1,), "i32")
     mod = modulation
+    if kind == "none" and (weight is not None or bias is not None or mod is not None):
+        check.fail("weight, bias and modulation need kind 'rms' or 'layer', not 'none'")
     if mod is not None:
         mod.fits(check, m, 0, k)
     call("norm", label, nbytes=0, x=x, ldx=x.ld, out=out, ldo=out.ld, w=weight, b=bias,
@@ -48,7 +53,7 @@ def norm(
          mod_scale=-1 if mod is None or mod.scale is None else mod.scale,
          mod_shift=-1 if mod is None or mod.shift is None else mod.shift,
          rows=rows, m=m, k=k, kind=PROLOGUES[kind], eps=eps, add=add,
-         ldadd=add.ld if add else 0)  # fmt: skip
+         ldadd=add.ld if add and len(add.shape) == 2 else 0, act=ACTS[act])  # fmt: skip
 
 
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
@@ -57,7 +62,7 @@ def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     if c.dims.get("affine"):
         out |= {"weight": rng.standard_normal(c.k).astype(f), "bias": rng.standard_normal(c.k).astype(f)}
     if c.dims.get("add"):
-        out["add"] = rng.standard_normal((c.m, c.k)).astype(f)
+        out["add"] = rng.standard_normal((c.m, c.k) if c.add > 1 else c.k).astype(f)
     if c.dims.get("mod"):
         out |= {
             "mod": rng.standard_normal((5, 2 * c.k)).astype(f),
@@ -71,13 +76,15 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     t = {k: torch.from_numpy(v).double() for k, v in a.items() if v.dtype == np.float32}
     x = t["x"] + t["add"] if "add" in t else t["x"]
-    y = layer_norm(x, 1e-5) if c.norm == "layer" else rms_norm(x, 1.0, 1e-5)
+    y = {"none": lambda v: v, "layer": lambda v: layer_norm(v, 1e-5), "rms": lambda v: rms_norm(v, 1.0, 1e-5)}[c.norm](
+        x
+    )
     if "weight" in t:
         y = y * t["weight"] + t["bias"]
     if "mod" in t:
         scale, shift = t["mod"][torch.from_numpy(a["mod_rows"]).long()].split(c.k, -1)
         y = y * (1 + scale) + shift
-    return {"out": y.numpy()}
+    return {"out": activate(y, c.dims.get("act", "none")).numpy()}
 
 
 def _call(c: Case, a: Arrays, out: np.ndarray):
@@ -91,6 +98,7 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
         weight=t.get("weight"),
         bias=t.get("bias"),
         modulation=mod,
+        act=c.dims.get("act", "none"),
     )
 
 
@@ -112,10 +120,14 @@ register(
         name="norm",
         cases=[
             *cases("tiny", *({"m": m, "k": k, "norm": n, **more} for n in KINDS for m, k, more in (
-                (1, 64, {"affine": 1}), (5, 128, {"mod": 1}), (33, 48, {"add": 1}),
-                (2, 1024, {"affine": 1, "mod": 1})))),
-            *cases("odd", *({"m": 3, "k": k, "norm": n, "affine": 1, "mod": 1} for n in KINDS for k in (1, 7, 301))),
-            *cases("real", {"m": 114, "k": 1024, "norm": "layer", "affine": 1}),
+                (1, 64, {"affine": 1}), (5, 128, {"mod": 1}), (33, 48, {"add": 2}),
+                (2, 1024, {"affine": 1, "mod": 1}), (4, 80, {"affine": 1, "act": "silu"})) if n != "none" or "add" in more),
+                {"m": 6, "k": 96, "norm": "none", "add": 1, "act": "silu"},
+                {"m": 2, "k": 64, "norm": "layer", "add": 1, "affine": 1, "act": "relu"}),
+            *cases("odd", *({"m": 3, "k": k, "norm": n, "affine": 1, "mod": 1} for n in KINDS[1:] for k in (1, 7, 301)),
+                   *({"m": 3, "k": k, "norm": "none", "act": a} for k, a in ((7, "relu"), (301, "quick_gelu"), (5, "none")))),
+            *cases("real", {"m": 114, "k": 1024, "norm": "layer", "affine": 1},
+                   {"m": 196, "k": 768, "norm": "layer", "affine": 1, "act": "silu"}),
         ],
         inputs=_inputs,
         reference=_reference,

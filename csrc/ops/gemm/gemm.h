@@ -1,5 +1,6 @@
 // gemm: out[m,:] = act(prologue(x)[m,:] @ W.T + bias) * scale * gate[m,:] + residual[m,:], W packed (see gemm_pack).
 // x [M,K] f32 row-major (row stride ldx); out [M,N] f32 or bf16; residual [M,N] f32 (may be out itself); bias [N] f32.
+// tap > 0: a row of x is K / tap pieces of tap values, ldtap apart: a convolution over rows (without a prologue).
 // rows, when given, is read at run time and replaces m: one recorded node serves every length up to m.
 // Prologues: rms_norm    x * rsqrt(mean(x^2) + eps) over K
 //            layer_norm  (x - mean) * rsqrt(var + eps) over K
@@ -21,7 +22,8 @@ namespace engine {
   F(int64_t, k) F(int32_t, format) F(int32_t, group) F(int32_t, prologue) F(int64_t, norm_group)         \
   F(float, eps) F(int32_t, act) F(int32_t, out_dtype) F(float, scale) F(const float*, pro_b)             \
   F(int32_t, pro_act) F(const void*, mod) F(int64_t, ldmod) F(int32_t, mod_dtype)                        \
-  F(const int32_t*, mod_rows) F(int64_t, mod_scale) F(int64_t, mod_shift) F(int64_t, mod_gate)
+  F(const int32_t*, mod_rows) F(int64_t, mod_scale) F(int64_t, mod_shift) F(int64_t, mod_gate)           \
+  F(int64_t, tap) F(int64_t, ldtap)
 ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
 
 // gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.

@@ -30,7 +30,10 @@ const float* prologue_row(const GemmParams& p, int64_t m, float* tmp) {
     }
     case kProGatedGroupNorm: gated_group_norm_row(x, z, p.pro_w, p.k, p.norm_group, p.eps, tmp); return tmp;
     case kProGlu: glu_row(x, z, p.k, p.pro_act, tmp); return tmp;
-    default: return x;
+    default:
+      if (!p.tap) return x;
+      for (int64_t at = 0; at < p.k; at += p.tap, x += p.ldtap) memcpy(tmp + at, x, size_t(p.tap) * 4);
+      return tmp;
   }
 }
 

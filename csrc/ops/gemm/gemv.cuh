@@ -69,6 +69,8 @@ __device__ __forceinline__ float activate(float v, int act) {
     case kActSilu: return silu(v);
     case kActGeluTanh: return 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
     case kActGeluErf: return 0.5f * v * (1.f + erff(v * 0.7071067811865476f));
+    case kActRelu: return v > 0.f ? v : 0.f;
+    case kActQuickGelu: return v / (1.f + expf(-1.702f * v));
     default: return v;
   }
 }

@@ -1,4 +1,4 @@
-// norm: RMS or layer norm of rows, with a sum in front, weight, bias and modulation
+// norm: RMS or layer norm of rows, or none, with a sum in front, weight, bias, modulation and activation
 // layout   x, add, out row-major f32
 // mapping  a block per row; mean and square sum over the block in a fixed order, deviations from the mean
 // moves    x and add once (again from L1 or L2 for the second and third pass), out once
@@ -8,6 +8,7 @@
 #include "base/dtype.h"
 #include "base/launch.h"
 #include "base/ptx.cuh"
+#include "ops/gemm/gemv.cuh"
 
 namespace engine::cuda {
 namespace {
@@ -49,12 +50,15 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
     for (int64_t i = threadIdx.x; i < p.k; i += kThreads) s += value(i);
     mean = block_sum(s, sums) / float(p.k);
   }
-  float s = 0.f;
-  for (int64_t i = threadIdx.x; i < p.k; i += kThreads) {
-    const float v = value(i) - mean;
-    s = fmaf(v, v, s);
+  float r = 1.f;
+  if (p.kind != kProNone) {
+    float s = 0.f;
+    for (int64_t i = threadIdx.x; i < p.k; i += kThreads) {
+      const float v = value(i) - mean;
+      s = fmaf(v, v, s);
+    }
+    r = 1.f / sqrtf(block_sum(s, sums) / float(p.k) + p.eps);
   }
-  const float r = 1.f / sqrtf(block_sum(s, sums) / float(p.k) + p.eps);
   const int64_t mod = (p.mod_rows ? p.mod_rows[t] : 0) * p.ldmod;
   for (int64_t i = threadIdx.x; i < p.k; i += kThreads) {
     float v = (value(i) - mean) * r;
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
     if (p.b) v += p.b[i];
     if (p.mod && p.mod_scale >= 0) v *= 1.f + modulation(p, mod + p.mod_scale + i);
     if (p.mod && p.mod_shift >= 0) v += modulation(p, mod + p.mod_shift + i);
-    out[i] = v;
+    out[i] = activate(v, p.act);
   }
 }
 

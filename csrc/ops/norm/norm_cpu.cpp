@@ -1,4 +1,4 @@
-// norm: RMS or layer norm of rows, with weight, bias and modulation
+// norm: RMS or layer norm of rows, or none, with weight, bias, modulation and activation
 // layout   x, out row-major f32
 // mapping  one task per row
 // moves    x twice (the second time from L1), out once
@@ -24,7 +24,12 @@ void norm(const NormParams& p, Ctx& ctx) {
         storen(out + i, add(loadn(x + i, p.k - i), loadn(more + i, p.k - i)), p.k - i);
       x = out;
     }
-    norm_row({p.kind, p.w, p.b, part(p.mod_scale), part(p.mod_shift), p.eps}, x, p.k, out);
+    if (p.kind != kProNone) {
+      norm_row({p.kind, p.w, p.b, part(p.mod_scale), part(p.mod_shift), p.eps}, x, p.k, out);
+      x = out;
+    }
+    if (p.act != kActNone || x != out)
+      for (int64_t i = 0; i < p.k; i += 16) storen(out + i, activate(loadn(x + i, p.k - i), p.act), p.k - i);
   }
 }
 
