@@ -608,6 +608,9 @@ MUTANTS += [
     Mutant(NORM, "norm", "scale without one", "v *= 1.f + modulation", "v *= modulation"),
     Mutant(NORM, "norm", "shift from the scale", "mod + p.mod_shift + i", "mod + p.mod_scale + i"),
     Mutant(NORM, "norm", "modulation of row 0", "(p.mod_rows ? p.mod_rows[t] : 0)", "(p.mod_rows ? p.mod_rows[0] : 0)"),
+    Mutant(NORM, "norm", "no activation", "out[i] = activate(v, p.act);", "out[i] = v;"),
+    Mutant(NORM, "norm", "normed where none is asked", "if (p.kind != kProNone) {", "if (true) {"),
+    Mutant(NORM, "norm", "one sum for every row", "p.add + t * p.ldadd", "p.add"),
     Mutant(NORM, "norm", "early read", "  wait_for_previous();", "  "),
 ]
 
