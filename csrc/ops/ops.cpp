@@ -10,6 +10,7 @@
 #include "ops/guide/guide.h"
 #include "ops/moe/moe.h"
 #include "ops/norm/norm.h"
+#include "ops/pick/pick.h"
 #include "ops/rng/rng.h"
 #include "ops/sample/sample.h"
 #include "ops/ssm/ssm.h"
@@ -35,6 +36,8 @@
   X(moe_route, MoeRouteParams, with_cuda) \
   X(moe_up, MoeUpParams, with_cuda) \
   X(norm, NormParams, with_cuda) \
+  X(pick_masked, PickMaskedParams, cpu_only) \
+  X(pick_next, PickNextParams, cpu_only) \
   X(rng, RngParams, with_cuda) \
   X(sample, SampleParams, with_cuda) \
   X(ssm, SsmParams, with_cuda)

@@ -22,6 +22,7 @@ from engine.ops.guide import JointTargets, guide, guide_joints
 from engine.ops.guide import workspace_bytes as guide_workspace
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
 from engine.ops.norm import norm
+from engine.ops.pick import NextState, pick_masked, pick_next
 from engine.ops.rng import rng
 from engine.ops.sample import SamplerState, sample
 from engine.ops.ssm import SsmShape, ssm
@@ -85,6 +86,10 @@ CALLS = {
     flow_begin: {"state": FLOW, "out": new(6, 16), "rows": new(6, dtype="i32"), "context": new(2, 3),
                  "times": new(7, 8), "hidden": new(5, dtype="i32")},
     flow_end: {"state": FLOW, "pred": new(6, 5), "squash": new(5, dtype="i32")},
+    pick_masked: {"cond": new(4, 9), "ids": new(4, dtype="i32"), "uniforms": new(4), "counts": new(1, dtype="i32"),
+                  "uncond": new(4, 9), "scale": new(1), "mask_id": 9, "topk": 3},
+    pick_next: {"cond": new(1, 9), "state": NextState.empty(Arena(), "next", 5, 2), "uncond": new(1, 9),
+                "scale": new(1)},
     rng: {"out": new(7), "seed": new(1, dtype="u64"), "offset": new(1, dtype="u64")},
 }  # fmt: skip
 
@@ -166,6 +171,17 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
         (guide, {"history": 11}, r"history=11 is not in \[1, 10\]"),
         (guide, {"batch": 4}, "6 rows are not 4 equal motions"),
         (guide, {"x": None}, "noise goes into x"),
+        (pick_masked, {"scale": None}, "uncond and scale belong together"),
+        (pick_masked, {"mask_id": 8}, "mask_id=8 is one of the 9 codes"),
+        (pick_masked, {"topk": 0}, "topk=0 must be at least 1"),
+        (pick_masked, {"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        (pick_masked, {"cond": new(257, 9)}, "257 positions; 1 to 256"),
+        (pick_masked, {"cond": new(4, 4097)}, "4097 codes; 1 to 4096"),
+        (pick_masked, {"counts": (lap := new(4, dtype="i32")).slice(3, (1,)), "ids": lap}, "ids lies on counts"),
+        (pick_next, {"uncond": None}, "uncond and scale belong together"),
+        (pick_next, {"uncond": None, "scale": None}, r"state\.ids is i32 \[2\]; it must be i32 \[1\]"),
+        (pick_next, {"cond": new(1, 1)}, "1 codes; 2 to 4096 are possible, the last is END"),
+        (pick_next, {"state": NextState.empty(Arena(), "next", 5, 1)}, r"state\.ids is i32 \[1\]"),
         (rng, {"kind": "bits"}, "out is f32"),
         (rng, {"kind": "cauchy"}, "kind 'cauchy' is not one of bits"),
     ],
