@@ -18,7 +18,7 @@ from engine.blocks.observation import InputProfile, ModelInput, lerobot_pi05, op
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
-from engine.blocks.vision import TowerBuffers, tower_layer
+from engine.blocks.transformer import TowerBuffers, tower_layer
 from engine.blocks.weights import Shapes
 from engine.io.checkpoint import Source
 from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Pi05Config

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
-from engine.blocks.vision import TowerLayer
+from engine.blocks.transformer import TowerLayer
 from engine.blocks.weights import Packer, Recipe
 from engine.io.checkpoint import MappedSource, Source, expect
 from engine.io.mapped import Rule

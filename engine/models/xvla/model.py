@@ -19,7 +19,15 @@ from engine.blocks.observation import profile as preset
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
-from engine.blocks.vision import TowerBuffers, TowerLayer, thirds, tower_layer, tower_qkv, tower_rest
+from engine.blocks.transformer import (
+    TowerBuffers,
+    TowerLayer,
+    post_norm_layer,
+    thirds,
+    tower_layer,
+    tower_qkv,
+    tower_rest,
+)
 from engine.blocks.weights import Shapes
 from engine.errors import InputError
 from engine.io.checkpoint import Source
@@ -257,17 +265,7 @@ class XVLA(FlowPolicy):
         gather(self._views, self._counting, e.x.slice(0, (per, d)), label="view 0")
         norm(e.x, e.x, add=w.positions, weight=w.embed_norm, bias=w.embed_norm_bias, eps=NORM_EPS, label="embed.norm")
         for i, layer in enumerate(w.encoder):
-            gemm(e.x, layer.qkv, e.qkv, bias=layer.qkv_bias, ws=ws, label=f"encoder.{i}.qkv")
-            q, k, v = (e.qkv.columns(j * d, d) for j in range(3))
-            attention(q, k, v, e.cache, e.pos, e.mixed, heads=t.heads, causal=False, ws=ws,
-                      label=f"encoder.{i}.attention")  # fmt: skip
-            gemm(e.mixed, layer.out, e.x, bias=layer.out_bias, residual=e.x, ws=ws, label=f"encoder.{i}.out")
-            norm(e.x, e.x, weight=layer.attention_norm, bias=layer.attention_norm_bias, eps=NORM_EPS,
-                 label=f"encoder.{i}.norm1")  # fmt: skip
-            gemm(e.x, layer.fc1, e.hidden, bias=layer.fc1_bias, act="gelu", ws=ws, label=f"encoder.{i}.fc1")
-            gemm(e.hidden, layer.fc2, e.x, bias=layer.fc2_bias, residual=e.x, ws=ws, label=f"encoder.{i}.fc2")
-            norm(e.x, e.x, weight=layer.final_norm, bias=layer.final_norm_bias, eps=NORM_EPS,
-                 label=f"encoder.{i}.norm2")  # fmt: skip
+            post_norm_layer(layer, e, heads=t.heads, eps=NORM_EPS, act="gelu", label=f"encoder.{i}")
         base, width = self._at(b), p.width
         vlm = self._table.slice(base * width, (length, width))
         matrix, bias = _linear(w.vlm_proj)

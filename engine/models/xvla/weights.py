@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from engine.blocks.vision import TowerLayer
+from engine.blocks.transformer import TowerLayer
 from engine.blocks.weights import Packer, Recipe
 from engine.io.checkpoint import MappedSource, Source, TensorInfo, expect
 from engine.io.mapped import Rule
@@ -191,24 +191,6 @@ class Stage:
 
 
 @dataclass
-class EncoderLayer:
-    """One BART layer; norms lie behind the sums."""
-
-    qkv: PackedMatrix
-    qkv_bias: Tensor
-    out: PackedMatrix
-    out_bias: Tensor
-    attention_norm: Tensor
-    attention_norm_bias: Tensor
-    fc1: PackedMatrix
-    fc1_bias: Tensor
-    fc2: PackedMatrix
-    fc2_bias: Tensor
-    final_norm: Tensor
-    final_norm_bias: Tensor
-
-
-@dataclass
 class PerDomain:
     """Linear layers of every domain, and the slot that holds the one in use."""
 
@@ -237,7 +219,7 @@ class Weights:
     positions: Tensor  # [tokens + text, language width]
     embed_norm: Tensor
     embed_norm_bias: Tensor
-    encoder: list[EncoderLayer]
+    encoder: list[TowerLayer]
     vlm_proj: PerDomain | tuple[PackedMatrix, Tensor]
     aux_proj: PerDomain | tuple[PackedMatrix, Tensor]
     sequence: Tensor  # [horizon + context, width]: learned positions
@@ -290,16 +272,17 @@ class Loader(Packer):
             [self.block(f"{p}.channel_block", "channel_attn") for p in pairs],
         )  # fmt: skip
 
-    def encoder_layer(self, i: int) -> EncoderLayer:
+    def encoder_layer(self, i: int) -> TowerLayer:
+        """One BART layer; its norms lie behind the sums."""
         p = f"{LANGUAGE}encoder.layers.{i}"
         names = [f"{p}.self_attn.{w}_proj" for w in "qkv"]
-        return EncoderLayer(
+        return TowerLayer(
+            *self.affine(f"{p}.self_attn_layer_norm"),
             self.matrix(f"{p}.qkv", [f"{n}.weight" for n in names],
                         self.recipe.format("language", self.c.language.width)),
             self.stacked(f"{p}.qkv.bias", [f"{n}.bias" for n in names]),
-            *self.linear(f"{p}.self_attn.out_proj", "language"), *self.affine(f"{p}.self_attn_layer_norm"),
+            *self.linear(f"{p}.self_attn.out_proj", "language"), *self.affine(f"{p}.final_layer_norm"),
             *self.linear(f"{p}.fc1", "language"), *self.linear(f"{p}.fc2", "language"),
-            *self.affine(f"{p}.final_layer_norm"),
         )  # fmt: skip
 
     def policy_layer(self, i: int) -> TowerLayer:
