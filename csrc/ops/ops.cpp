@@ -36,8 +36,8 @@
   X(moe_route, MoeRouteParams, with_cuda) \
   X(moe_up, MoeUpParams, with_cuda) \
   X(norm, NormParams, with_cuda) \
-  X(pick_masked, PickMaskedParams, cpu_only) \
-  X(pick_next, PickNextParams, cpu_only) \
+  X(pick_masked, PickMaskedParams, with_cuda) \
+  X(pick_next, PickNextParams, with_cuda) \
   X(rng, RngParams, with_cuda) \
   X(sample, SampleParams, with_cuda) \
   X(ssm, SsmParams, with_cuda)

@@ -47,6 +47,7 @@ DOWN_WS = new(_C.moe_down_workspace(T, K, I, S, 0, 1, 0, 1), dtype="u8")
 CACHE = KVCache.empty(Arena(), "kv", 2, 8, 16, "f32")
 SSM = SsmShape(4, 8, 2, 5, 3)
 FLOW = FlowState.empty(Arena(), "flow", batch=2, steps=4, horizon=3, channels=5, dims=4, slots=6)
+NEXT = NextState.empty(Arena(), "next", 5, 2)
 # One valid call of each op, with every optional argument.
 CALLS = {
     gemm: {"x": new(T, D), "w": matrix(8, D), "out": new(T, 8), "bias": new(8), "residual": new(T, 8), "norm": new(D),
@@ -88,8 +89,7 @@ CALLS = {
     flow_end: {"state": FLOW, "pred": new(6, 5), "squash": new(5, dtype="i32")},
     pick_masked: {"cond": new(4, 9), "ids": new(4, dtype="i32"), "uniforms": new(4), "counts": new(1, dtype="i32"),
                   "uncond": new(4, 9), "scale": new(1), "mask_id": 9, "topk": 3},
-    pick_next: {"cond": new(1, 9), "state": NextState.empty(Arena(), "next", 5, 2), "uncond": new(1, 9),
-                "scale": new(1)},
+    pick_next: {"cond": new(1, 9), "state": NEXT, "uncond": new(1, 9), "scale": new(1)},
     rng: {"out": new(7), "seed": new(1, dtype="u64"), "offset": new(1, dtype="u64")},
 }  # fmt: skip
 
@@ -179,9 +179,13 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
         (pick_masked, {"cond": new(4, 4097)}, "4097 codes; 1 to 4096"),
         (pick_masked, {"counts": (lap := new(4, dtype="i32")).slice(3, (1,)), "ids": lap}, "ids lies on counts"),
         (pick_next, {"uncond": None}, "uncond and scale belong together"),
-        (pick_next, {"uncond": None, "scale": None}, r"state\.ids is i32 \[2\]; it must be i32 \[1\]"),
         (pick_next, {"cond": new(1, 1)}, "1 codes; 2 to 4096 are possible, the last is END"),
-        (pick_next, {"state": NextState.empty(Arena(), "next", 5, 1)}, r"state\.ids is i32 \[1\]"),
+        (
+            pick_next,
+            {"state": dataclasses.replace(NEXT, pos=ROWS)},
+            r"state\.pos is i32 \[1\]; it must be i32 \[2\]",
+        ),
+        (pick_next, {"state": dataclasses.replace(NEXT, ids=new(9, dtype="i32"))}, "serves 9 passes; 1 to 8"),
         (rng, {"kind": "bits"}, "out is f32"),
         (rng, {"kind": "cauchy"}, "kind 'cauchy' is not one of bits"),
     ],

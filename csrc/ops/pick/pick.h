@@ -4,7 +4,7 @@
 //
 // pick_masked: one pass of a masked planner over a sequence of N positions. Where ids[n] == mask_id:
 //   the topk highest l of the row are kept (of equals the lowest index), w = exp((l - max l) / temperature),
-//   ids[n] = draw(w, uniforms[n]), score[n] = softmax(l)[ids[n]], of all logits and without temperature.
+//   ids[n] = draw(w, uniforms[n]), score[n] = softmax(l)[ids[n]], of all logits and without temperature, 0 where none is finite.
 //   Then, where counts is given: the counts[0] lowest scores, ties to the lowest index, among the positions just drawn are
 //   mask_id again (all of them where counts[0] is more).
 //   cond, uncond [N, K], rows ldc, ldu apart; scale [1]; uniforms [N] in [0, 1) f32; ids [N], counts [1] i32.
