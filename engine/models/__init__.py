@@ -10,8 +10,10 @@ FAMILIES = {
     "nemotron_h": ("engine.models.nemotron.model", "Nemotron"),
     "pi05": ("engine.models.pi05.model", "Pi05"),
     "xvla": ("engine.models.xvla.model", "XVLA"),
+    "motok": ("engine.models.motok.model", "MoTok"),
 }
 OPENPI = "pi05"  # what a config.json with an action_horizon and no type belongs to
+MOTIONS = "motok"  # and one with a dataset
 
 
 def family_of(folder: Path) -> tuple[dict, Any]:
@@ -30,6 +32,8 @@ def family_of(folder: Path) -> tuple[dict, Any]:
         raise ConfigError(f"{path} is not a JSON object")
     if "model_type" not in config and "type" not in config and "action_horizon" in config:
         return config, family(OPENPI)
+    if "model_type" not in config and "type" not in config and "dataset" in config:
+        return config, family(MOTIONS)
     for wrapper in ("llm_config", "text_config"):
         if isinstance(config.get(wrapper), dict):
             config = config[wrapper]

@@ -21,6 +21,7 @@ MAX_STEPS = 10_000  # of training; a list of timesteps cannot be longer
 FAST27 = (0, 22, 44, 66, 88, 111, 133, 155, 177, 199, 200, 222, 244, 266, 288, 311, 333, 355, 377, 399, 400, 500, 599,
           600, 799, 800, 997)  # fmt: skip
 
+MODEL_TYPE = "motok"
 DATASETS = ("humanml3d", "kit")
 UNITS = {"m": 1.0, "mm": 0.001}  # metres per unit of a motion
 SOLVERS = ("lbfgs", "lbfgs_last", "gd", "gd_norm", "project")
@@ -121,6 +122,10 @@ class Guidance:
         """Calls of L-BFGS at sampled step k, 0 for the last one that is sampled."""
         first, threshold = (1, 1) if self.solver == "lbfgs_last" else (self.n_first, self.threshold)
         return first if k >= threshold else self.n_last
+
+    def changed(self, values: Mapping[str, Any]) -> Guidance:
+        """With some fields replaced; ConfigError names a key or a value that cannot be used."""
+        return replace(self, **_take("guidance.", _object("guidance", values), _PARTS["guidance"]))
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,8 @@ class MoTokConfig:
         Raises:
             ConfigError: names the key, its value and what is allowed; keys that are not known are refused.
         """
-        values = _object("config.json", raw)
+        values = dict(_object("config.json", raw))
+        choice("model_type", values.pop("model_type", MODEL_TYPE), (MODEL_TYPE,))
         # These two say what the others default to.
         dataset = choice("dataset", values.get("dataset", "humanml3d"), DATASETS)
         down_t = integer("down_t", values.get("down_t", 2), *_DOWN_T)
@@ -244,7 +250,7 @@ class MoTokConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The config.json that `from_json` reads back to an equal configuration."""
-        out = asdict(self)
+        out = {"model_type": MODEL_TYPE, **asdict(self)}
         out["D"] = out.pop("features")
         out["traj"]["in"] = out["traj"].pop("channels")
         out["diffusion"]["timesteps"] = list(self.diffusion.timesteps)

@@ -1,0 +1,689 @@
+"""MoTok (Gu et al. 2026, arXiv 2603.19227): text and waypoints to motions, motions to tokens and back.
+
+text         the prompt's tokens to a feature (kept by prompt)
+trajectory_T waypoints of T frames to what the planner adds to its positions
+ddm_N, ar    tokens: every pass of the discrete planner over N of them, or one step of the autoregressive one
+noise_T      the noise that sampling begins with
+decode_T     tokens to the condition of every frame, every sampled step with guidance in it, joints
+encode_T     a motion to tokens
+
+A plan is recorded when a request of its length first comes and kept: sizes are exact, so nothing is padded and a motion
+in a batch is the motion alone. Requests of a batch run one after another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from engine.blocks.motion import Constraints, FeatureStatistics, StartPose, from_joints, skeleton_of
+from engine.blocks.weights import Shapes
+from engine.errors import ConfigError, InputError
+from engine.io.checkpoint import Source
+from engine.io.values import show
+from engine.models.motok.config import Guidance, MoTokConfig
+from engine.models.motok.convs import ConvBuffers, Stream
+from engine.models.motok.denoiser import SOLVERS, Denoiser, DenoiserBuffers, GuidanceBuffers
+from engine.models.motok.motion import Motion
+from engine.models.motok.planners import ARPlan, Conditions, DDMPlan
+from engine.models.motok.text import TextPlan
+from engine.models.motok.weights import PARTS, checked, load_weights, open_source, parts_of, shapes
+from engine.ops import gemm as gemm_op
+from engine.ops.codebook import codebook_search
+from engine.ops.dispatch import strict as strict_dispatch
+from engine.ops.guide import MAX_FRAMES, MAX_HISTORY, guide_joints
+from engine.ops.rng import rng
+from engine.runtime.arena import Arena, Tensor, as_tensor
+from engine.runtime.device import on, parse_dtype
+from engine.runtime.fit import require
+from engine.runtime.model import Model
+from engine.runtime.plan import Plan, capture
+
+if TYPE_CHECKING:
+    from engine.io.text.clip import ClipTokenizer
+
+PLANNERS = ("ddm", "ar")
+DEFAULT_FRAMES = 120  # of a motion whose length nothing says
+MAX_SAMPLES = 4096  # of one call
+MAX_PLANS = 64  # kept
+MAX_FEATURES = 256  # prompts whose features are kept
+STREAMS = {"noise": 0, "tokens": 1, "coins": 2, "steps": 3}  # of the generator
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a load."""
+
+    name: str
+    device: str
+    dtype: str
+    quant: str | None
+    strict: bool
+    precise: bool
+
+    @property
+    def kv(self) -> str:
+        """Format of keys, values and modulations."""
+        return "bf16" if self.dtype == "bf16" else "f32"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One motion to make, checked. frames None: until the planner ends it. tokens with edit: known ones and what to
+    draw anew."""
+
+    text: str | None
+    ids: list[int] | None
+    frames: int | None
+    constraints: Constraints | None
+    planner: str
+    seed: int
+    sample: int
+    cfg: float
+    guidance: Guidance | None
+    tokens: np.ndarray | None = None
+    edit: np.ndarray | None = None
+
+
+class MoTok(Model):
+    """A loaded MoTok: `generate`, `encode`, `decode`, `reconstruct`, `explain`, `memory`. See engine.load."""
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+        strict: bool = False, precise: bool = True, source: Source | None = None, progress: bool = True,
+    ) -> Self:  # fmt: skip
+        """From a folder of config.json, tokenizer.safetensors and stats.safetensors, and with planner_ddm, planner_ar
+        and clip_text whichever are there; `source` replaces the weight files.
+
+        precise: guidance computes in fp64 (default), which all backends then agree in.
+
+        Raises: ConfigError, CheckpointError, TokenizerError, InputError, MemoryPlanError; before any work.
+        """
+        del progress
+        from engine.io.text.clip import ClipTokenizer
+
+        config = MoTokConfig.from_folder(folder)
+        given = source or open_source(folder)
+        try:
+            parts = parts_of(given)
+            checked(config, given)
+            words = ClipTokenizer.from_folder(folder) if "clip" in parts else None
+            options = _options(folder.name, given, device, dtype, quant, strict, precise)
+            need = cls(config, options, Shapes(shapes(config, parts)), None, dry=True).arena.summary()
+            require(need, device, "load with quant='int8'")
+            return cls(config, options, given, words)
+        finally:
+            if source is None:
+                given.close()
+
+    @classmethod
+    def sketch(
+        cls, config: dict, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+        precise: bool = True, **others: object,
+    ) -> Self:  # fmt: skip
+        """The model of a config.json without memory: every buffer is laid out; plans can be recorded, none can run."""
+        if others:
+            raise InputError(f"a motion model has no {', '.join(others)}; it takes dtype, quant and precise")
+        parsed = MoTokConfig.from_json(config)
+        source = Shapes(shapes(parsed))
+        return cls(parsed, _options("motok", source, device, dtype, quant, False, precise), source, None, dry=True)
+
+    @classmethod
+    def plan(cls, config: dict, **options: Any) -> dict[str, int]:
+        """Bytes by part that a load would take, from config.json alone and by the code that allocates."""
+        return cls.sketch(config, **options).arena.summary()
+
+    def __init__(
+        self, config: MoTokConfig, options: Options, source: Source, words: ClipTokenizer | None, dry: bool = False
+    ) -> None:
+        _fits(config, words)
+        self.config, self.options, self.words = config, options, words
+        arena = Arena(options.device, dry=dry)
+        with strict_dispatch(options.strict):
+            self.weights = load_weights(config, source, arena, options.dtype, options.quant)
+        with on(options.device):
+            self._allocate(arena)
+        super().__init__(options.name, arena)
+        self.weight_notes = self.weights.notes
+        w = self.weights
+        if not dry:
+            shape = (config.joints, 3)
+            self.statistics = FeatureStatistics(w.mean.read(), w.std.read(), w.hint_mean.reshape(shape),
+                                                w.hint_std.reshape(shape))  # fmt: skip
+            self._denoiser.b.frame.write(np.arange(self._denoiser.b.frame.shape[0], dtype=np.int32))
+            for planner in (self._ddm, self._ar):
+                if planner is not None:
+                    planner.prepare()
+        self.skeleton = skeleton_of(config.features)
+        self._features: dict[str, np.ndarray] = {}
+        arena.seal()
+        if w.skipped:
+            self.notes.append(f"skipped {len(w.skipped)} tensors that no motion depends on")
+
+    # ------------------------------------------------------------------------------------------ memory
+    def _allocate(self, arena: Arena) -> None:
+        c, o, w = self.config, self.options, self.weights
+        frames, tokens = c.max_tokens * c.rate, c.max_tokens
+
+        def io(name: str, *shape: int, dtype: str = "f32") -> Tensor:
+            return arena.alloc(name, shape, dtype, "io")
+
+        widest = max(3 * c.features, 3 * c.traj.channels, 4 * c.width, 3 * c.latent,
+                     max(c.denoiser.kernel, 1) * c.denoiser.width)  # fmt: skip
+        sizes = [gemm_op.workspace_bytes(frames, widest)]
+        if w.ddm:
+            wide = max(c.ddm.dim, c.ddm.ff, c.clip.embed)
+            sizes += [gemm_op.workspace_bytes(2 * (tokens + 1), wide), DDMPlan.workspace(c)]
+        if w.ar:
+            sizes += [gemm_op.workspace_bytes(4, max(c.ar.dim, c.ar.ff, c.clip.embed)), ARPlan.workspace(c)]
+        if w.text:
+            sizes += [gemm_op.workspace_bytes(c.clip.ctx, max(c.clip.width, c.clip.ff)), TextPlan.workspace(c.clip)]
+        ws = arena.alloc("ws", (max(sizes),), "u8")
+        self._convs = ConvBuffers(arena, c, ws)
+        zeros = self._convs.zeros
+        self._given = Stream.empty(arena, "features", frames, c.features, 1, zeros)
+        self._hints = Stream.empty(arena, "hints", frames, c.traj.channels, 1, zeros)
+        self._latents = arena.alloc("latents", (tokens, c.latent))
+        self._found, self._tokens = io("found", tokens, dtype="i32"), io("tokens", tokens, dtype="i32")
+        self._seed, self._offset = io("seed", 1, dtype="u64"), io("offset", 1, dtype="u64")
+        buffers = DenoiserBuffers(arena, c, w.denoiser.modulation.w.n, o.kv, self._convs)
+        self._pull = GuidanceBuffers.empty(arena, c, o.precise)
+        self._denoiser = Denoiser(c, w.denoiser, buffers, self._pull, w.mean, w.std, o.precise)
+        self._joints = io("joints", frames, c.joints, 3)
+        self._ddm = DDMPlan(arena, c, w.ddm, self._convs, o.kv) if w.ddm else None
+        self._ar = ARPlan(arena, c, w.ar, self._convs, o.kv) if w.ar else None
+        self._text = TextPlan(arena, c.clip, w.text, ws, o.kv) if w.text else None
+
+    # ------------------------------------------------------------------------------------------ the plans
+    def recorded(self, name: str, step: Callable[[], None]) -> Plan:
+        """The plan of this name, recorded now if it is not there; those used last are kept."""
+        plan = self.plans.pop(name, None)
+        if plan is None:
+            with strict_dispatch(self.options.strict), on(self.options.device):
+                plan = capture(step, name)
+            while len(self.plans) >= MAX_PLANS:
+                del self.plans[next(iter(self.plans))]
+        self.plans[name] = plan
+        return plan
+
+    def text_plan(self) -> Plan:
+        assert self._text is not None
+        return self.recorded("text", self._text.encode)
+
+    def trajectory_plan(self, planner: str, t: int) -> Plan:
+        """Waypoints of t frames to rows of a planner's conditions."""
+        return self.recorded(f"{planner}.trajectory_{t}", partial(self._planner(planner).hint, self._hints, t))
+
+    def condition_plan(self, planner: str) -> Plan:
+        """The text's feature to a row of a planner's conditions."""
+        return self.recorded(f"{planner}.text", self._planner(planner).begin)
+
+    def ddm_plan(self, n: int, guided: bool) -> Plan:
+        """Every pass of the discrete planner over n tokens."""
+        assert self._ddm is not None
+        return self.recorded(f"ddm_{n}" + (".guided" if guided else ""), partial(self._ddm.passes, n, guided))
+
+    def ar_plan(self, passes: int) -> Plan:
+        """One step of the autoregressive planner."""
+        assert self._ar is not None
+        return self.recorded(f"ar_{passes}", partial(self._ar.step, passes))
+
+    def noise_plan(self, t: int) -> Plan:
+        return self.recorded(f"noise_{t}", partial(self._noise, t))
+
+    def decode_plan(self, t: int, slots: int = 0, guidance: Guidance | None = None) -> Plan:
+        """Tokens to joints of t frames, `slots` joints pulled by `guidance`."""
+        name = f"decode_{t}"
+        if guidance is not None:
+            name += f".{slots}.{'-'.join(str(v) for v in vars(guidance).values())}"
+        return self.recorded(name, partial(self._decode, t, slots, guidance))
+
+    def encode_plan(self, t: int) -> Plan:
+        return self.recorded(f"encode_{t}", partial(self._encode, t))
+
+    def _noise(self, t: int) -> None:
+        b, d = self._denoiser.b, self.config.features
+        rng(b.x.slice(0, (t, d)), self._seed, self._offset, stream=STREAMS["noise"], label="noise")
+        if b.noise is not None:
+            steps = b.noise.slice(0, (b.noise.shape[0], t, d))
+            rng(steps, self._seed, self._offset, stream=STREAMS["steps"], label="step_noise")
+
+    def _decode(self, t: int, slots: int, guidance: Guidance | None) -> None:
+        c, w, b = self.config, self.weights, self._denoiser.b
+        condition = b.condition.slice(0, (t, c.denoiser.width))
+        self._convs.decode(w.decoder, self._tokens.slice(0, (t // c.rate,)), condition, "decoder")
+        self._denoiser.sample(t, slots, guidance)
+        guide_joints(b.x.slice(0, (t, c.features)), w.mean, w.std, self._joints.slice(0, (t, c.joints, 3)),
+                     label="joints")  # fmt: skip
+
+    def _encode(self, t: int) -> None:
+        c, w, n = self.config, self.weights, t // self.config.rate
+        latents = self._latents.slice(0, (n, c.latent))
+        self._convs.encode(w.encoder, self._given, latents, t, "encoder")
+        codebook_search(latents, w.codes, w.norms, self._found.slice(0, (n,)), label="codes")
+
+    def node_budget(self, guided_on_mean: bool = False) -> int:
+        """Most nodes that the plan of a decode may have."""
+        c = self.config
+        step = 5 + 4 * c.denoiser.blocks + (2 if guided_on_mean else 0)
+        convolutions = 4 + c.down_t * (4 + 3 * c.depth) + 2
+        return convolutions + len(c.diffusion.timesteps) * step + 2
+
+    def _planner(self, name: str) -> DDMPlan | ARPlan:
+        planner = self._ddm if name == "ddm" else self._ar
+        assert planner is not None
+        return planner
+
+    # ------------------------------------------------------------------------------------------ requests
+    def generate(
+        self,
+        text: str | Sequence[str | None] | None = None,
+        *,
+        frames: int | Sequence[int | None] | None = None,
+        constraints: Any = None,
+        planner: str | None = None,
+        n: int = 1,
+        seed: int = 0,
+        cfg: float | None = None,
+        guidance: Mapping[str, Any] | bool | None = None,
+        tokens: Any = None,
+        edit: Any = None,
+    ) -> Motion | list[Motion]:
+        """Motions for a text, waypoints, or both.
+
+        Args:
+            text: a prompt, or a list of them for several motions; None or '' for none.
+            frames: length of the motion at the data set's frame rate (`config.fps`), rounded down to whole tokens; one
+                for each text if a list. None: up to the last waypoint; without any, 120 frames, or with the
+                autoregressive planner as many as it finds right.
+            constraints: `Constraints`, or JSON (text, or what it parses to) as `Constraints.from_json` reads it; a list
+                of `Constraints` for a list of texts. Positions in metres in your world; the motion comes back there.
+            planner: 'ddm' or 'ar'; default: the first that the checkpoint has.
+            n: motions per text; they differ in their random numbers.
+            seed: 0 <= seed < 2^64. The same seed gives the same motion, in a batch or alone.
+            cfg: scale of classifier-free guidance; default: the configuration's. 1 is none.
+            guidance: how waypoints pull on the motion: fields of the configuration's `guidance` to change, e.g.
+                {"solver": "project"}; False: only the planner knows of them.
+            tokens, edit: known tokens [N] and which of them to draw anew (bool [N]): in-betweening, with 'ddm'.
+
+        Returns:
+            A Motion, or a list of them if `text` is a list or n is not 1: all n of the first text, then of the next.
+
+        Raises: InputError (a value that cannot be used, named), BusyError, ClosedError; before any work.
+        """
+        jobs = self._jobs(text, frames, constraints, planner, n, seed, cfg, guidance, tokens, edit)
+        with self._use():
+            made = [self._make(job) for job in jobs]
+        return made[0] if n == 1 and (text is None or isinstance(text, str)) else made
+
+    def encode(self, motion: Any) -> np.ndarray:
+        """Tokens [T / rate] int32 of a motion: features [T, D] (not normalised), or joints [T, J, 3] in metres at the
+        data set's frame rate. Frames that fill no token are left out at the end.
+
+        Raises: InputError (another shape, too short or too long, a value that is not finite), BusyError, ClosedError.
+        """
+        features = self._given_features(motion)
+        with self._use():
+            return self._encoded(features)
+
+    def decode(
+        self, tokens: Any, *, constraints: Any = None, seed: int = 0,
+        guidance: Mapping[str, Any] | bool | None = None, noise: Any = None,
+    ) -> Motion:  # fmt: skip
+        """The motion of tokens [N], pulled to waypoints if there are any. noise: [T, D], what sampling starts from.
+
+        Raises: InputError, BusyError, ClosedError; before any work.
+        """
+        ids = self._known_tokens(tokens)
+        frames = len(ids) * self.config.rate
+        given = self._constraints_of(constraints, frames)
+        pull = self._guidance_of(guidance)
+        job = Request(None, None, frames, given, "ddm", self._seed_of(seed), 0, 1.0, pull if given else None)
+        start = None if noise is None else self._noise_of(noise, frames)
+        with self._use():
+            return self._decoded(job, ids, {}, start)
+
+    def reconstruct(self, motion: Any, *, constraints: Any = None, seed: int = 0, **more: Any) -> Motion:
+        """`decode(encode(motion))`."""
+        return self.decode(self.encode(motion), constraints=constraints, seed=seed, **more)
+
+    def warmup(self, frames: int | None = None) -> None:
+        """Records and runs every plan of an unconstrained request."""
+        words = "a person walks forward" if self.words and (self._ddm or self._ar) else None
+        if words:
+            self.generate(words, frames=frames or DEFAULT_FRAMES)
+        else:
+            self.decode(np.zeros(max(self.config.min_frames // self.config.rate, 1), np.int32))
+
+    # ------------------------------------------------------------------------------------------ checks
+    def _jobs(
+        self, text: Any, frames: Any, constraints: Any, planner: Any, n: Any, seed: Any, cfg: Any, guidance: Any,
+        tokens: Any, edit: Any,
+    ) -> list[Request]:  # fmt: skip
+        several = not (text is None or isinstance(text, str))
+        if several and not isinstance(text, Sequence):
+            raise InputError(f"text={show(text)} is neither a string nor a list of strings")
+        texts = list(text) if several else [text]
+        if type(n) is not int or n < 1 or not 1 <= len(texts) * n <= MAX_SAMPLES:
+            raise InputError(f"{len(texts)} texts, n={show(n)}: one motion and at most {MAX_SAMPLES} can be asked for")
+
+        def each(value: Any, what: str) -> list[Any]:
+            """One per text: a list says so, anything else is for all."""
+            if not several or not isinstance(value, list | tuple):
+                return [value] * len(texts)
+            if len(value) != len(texts):
+                raise InputError(f"{len(value)} {what} for {len(texts)} texts; give one for each, or one for all")
+            return list(value)
+
+        chosen = self._planner_of(planner)
+        pull = self._guidance_of(guidance)
+        known, free = self._edit_of(tokens, edit, chosen)
+        scale = self._cfg_of(cfg, chosen)
+        number = self._seed_of(seed)
+        # A list of waypoints is JSON and belongs to all; a list of Constraints has one for each text.
+        whole = isinstance(constraints, list | tuple) and not any(isinstance(x, Constraints) for x in constraints)
+        given = [constraints] * len(texts) if whole else each(constraints, "constraints")
+        out = []
+        for one, length, points in zip(texts, each(frames, "frames"), given):
+            ids = self._ids_of(one)
+            limits = self._constraints_of(points)
+            size = self._length(length, limits, chosen, known)
+            if limits is not None and size is not None:
+                limits.check(size)
+            if ids is None and limits is None and known is None:
+                raise InputError("there is neither a text nor a waypoint; give text=, constraints=, or both")
+            request = Request(one or None, ids, size, limits, chosen, number, 0, scale, pull if limits else None, known,
+                              free)  # fmt: skip
+            out += [replace(request, sample=i) for i in range(n)]
+        return out
+
+    def _planner_of(self, planner: Any) -> str:
+        there = [name for name, plan in zip(PLANNERS, (self._ddm, self._ar)) if plan is not None]
+        if not there:
+            raise InputError(f"model {self.name!r} has no planner, only its tokenizer; use encode, decode, reconstruct")
+        if planner is None:
+            return there[0]
+        if planner not in there:
+            raise InputError(f"planner={show(planner)}; this checkpoint has {' and '.join(there)}")
+        return str(planner)
+
+    def _ids_of(self, text: Any) -> list[int] | None:
+        if text is None or text == "":
+            return None
+        if not isinstance(text, str):
+            raise InputError(f"text={show(text)} is not a string")
+        if self.words is None:
+            raise InputError(f"model {self.name!r} has no text tower (clip_text.safetensors); leave the text out")
+        return self.words.encode(text, self.config.clip.ctx)
+
+    def _constraints_of(self, given: Any, frames: int | None = None) -> Constraints | None:
+        if given is None:
+            return None
+        out = given if isinstance(given, Constraints) else Constraints.from_json(given, self.skeleton)
+        if out.skeleton.names != self.skeleton.names:
+            raise InputError(f"the waypoints are for {len(out.skeleton.names)} joints; this model has other joints: "
+                             f"{', '.join(self.skeleton.names)}")  # fmt: skip
+        if frames is not None:
+            out.check(frames)
+        return out if len(out) else None
+
+    def _length(self, frames: Any, given: Constraints | None, planner: str, known: np.ndarray | None) -> int | None:
+        c = self.config
+        if known is not None:
+            if frames is not None and frames // c.rate != len(known):
+                raise InputError(f"frames={show(frames)} and {len(known)} tokens of {c.rate} frames do not agree")
+            return len(known) * c.rate
+        if frames is None and given is None:
+            return None if planner == "ar" else min(DEFAULT_FRAMES, c.max_frames) // c.rate * c.rate
+        if frames is None and given is not None:
+            frames = max(-(-given.frames // c.rate) * c.rate, -(-c.min_frames // c.rate) * c.rate)
+        if type(frames) is not int or not c.min_frames <= frames <= c.max_frames:
+            raise InputError(f"frames={show(frames)}; a motion has {c.min_frames} to {c.max_frames} at {c.fps:g} fps")
+        return frames // c.rate * c.rate
+
+    def _edit_of(self, tokens: Any, edit: Any, planner: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if tokens is None and edit is None:
+            return None, None
+        if tokens is None or edit is None:
+            raise InputError("tokens and edit are needed together: what is known, and what to draw anew")
+        if planner != "ddm":
+            raise InputError("only the discrete planner fills in between; use planner='ddm'")
+        known = self._known_tokens(tokens)
+        free = np.asarray(edit)
+        if free.dtype != np.bool_ or free.shape != known.shape or not free.any():
+            raise InputError(
+                f"edit is {free.dtype} {list(free.shape)}; bool [{len(known)}] with a true entry is needed"
+            )
+        return known, free
+
+    def _known_tokens(self, tokens: Any) -> np.ndarray:
+        c, ids = self.config, np.asarray(tokens)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or not 1 <= len(ids) <= c.max_tokens:
+            raise InputError(f"tokens are {ids.dtype} {list(ids.shape)}; 1 to {c.max_tokens} integers are needed")
+        if ids.min() < 0 or ids.max() >= c.codes:
+            raise InputError(
+                f"a token is {int(ids.min() if ids.min() < 0 else ids.max())}; codes are 0 to {c.codes - 1}"
+            )
+        return ids.astype(np.int32)
+
+    def _seed_of(self, seed: Any) -> int:
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= int(seed) < 1 << 64:
+            raise InputError(f"seed={show(seed)} is not an integer in [0, 2^64)")
+        return int(seed)
+
+    def _cfg_of(self, cfg: Any, planner: str) -> float:
+        if cfg is None:
+            return self.config.ddm.cfg if planner == "ddm" else self.config.ar.cfg
+        if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 0 <= cfg <= 100:
+            raise InputError(f"cfg={show(cfg)} is not a number from 0 to 100")
+        return float(cfg)
+
+    def _guidance_of(self, guidance: Any) -> Guidance | None:
+        if guidance is False:
+            return None
+        if guidance is None or guidance is True:
+            out = self.config.guidance
+        elif isinstance(guidance, Mapping):
+            try:
+                out = self.config.guidance.changed(guidance)
+            except ConfigError as fault:
+                raise InputError(str(fault)) from None
+        else:
+            raise InputError(f"guidance={show(guidance)}; a mapping of settings, or False for none, is needed")
+        if out.solver not in SOLVERS:
+            raise InputError(f"guidance.solver {out.solver!r} has no kernel; use one of {', '.join(SOLVERS)}")
+        if out.history > MAX_HISTORY:
+            raise InputError(f"guidance.history = {out.history}; the kernels keep at most {MAX_HISTORY}")
+        return out
+
+    def _noise_of(self, noise: Any, frames: int) -> np.ndarray:
+        out = np.asarray(noise, np.float32)
+        if out.shape != (frames, self.config.features) or not np.isfinite(out).all():
+            raise InputError(f"noise is {list(out.shape)}; finite [{frames}, {self.config.features}] is needed")
+        return out
+
+    def _given_features(self, motion: Any) -> np.ndarray:
+        c, x = self.config, np.asarray(motion)
+        if x.ndim == 3:
+            x = from_joints(x / c.scale, self.skeleton)
+        if x.ndim != 2 or x.shape[1] != c.features or not np.issubdtype(x.dtype, np.floating):
+            raise InputError(
+                f"a motion is {x.dtype} {list(x.shape)}; features [T, {c.features}] or joints [T, {c.joints}, 3] of "
+                "floats are needed"
+            )
+        frames = len(x) // c.rate * c.rate
+        most = c.max_tokens * c.rate
+        if not c.rate <= frames <= most:
+            raise InputError(f"a motion has {len(x)} frames; {c.rate} to {most} at {c.fps:g} fps are possible: cut it")
+        if not np.isfinite(x).all():
+            raise InputError("a motion has a value that is not finite")
+        return x[:frames].astype(np.float32)
+
+    # ------------------------------------------------------------------------------------------ work
+    def _make(self, job: Request) -> Motion:
+        stages: dict[str, float] = {}
+        ids = self._plan_tokens(job, stages)
+        return self._decoded(replace(job, frames=len(ids) * self.config.rate), ids, stages, None)
+
+    def _plan_tokens(self, job: Request, stages: dict[str, float]) -> np.ndarray:
+        c, planner = self.config, self._planner(job.planner)
+        if job.ids is not None:
+            with _timed(stages, "text"):
+                planner.feature.write(self._feature(job.text or "", job.ids))
+                self.condition_plan(job.planner).replay()
+        if job.constraints is not None:
+            with _timed(stages, "trajectory"):
+                assert job.frames is not None
+                self._write_hints(job.constraints, job.frames)
+                self.trajectory_plan(job.planner, job.frames).replay()
+        with _timed(stages, "planner"):
+            n = c.max_tokens if job.frames is None else job.frames // c.rate
+            steps = c.ddm.steps if job.planner == "ddm" else n
+            guided = job.ids is not None and job.cfg != 1
+            given = Conditions(job.ids is not None, job.constraints is not None, self._coins(job, steps), guided)
+            if job.planner == "ddm":
+                return self._masked(job, n, given)
+            return self._one_by_one(job, n, given)
+
+    def _masked(self, job: Request, n: int, given: Conditions) -> np.ndarray:
+        c, planner = self.config, self._ddm
+        assert planner is not None
+        ids = np.full(n, c.codes, np.int32)
+        if job.tokens is not None and job.edit is not None:
+            ids = np.where(job.edit, c.codes, job.tokens).astype(np.int32)
+        uniforms = self._draw(job, "tokens", "uniform", c.ddm.steps * n)
+        planner.request(n, given, uniforms, ids, job.cfg)
+        self.ddm_plan(n, given.guided).replay()
+        return planner.ids.read()[:n]
+
+    def _one_by_one(self, job: Request, n: int, given: Conditions) -> np.ndarray:
+        planner = self._ar
+        assert planner is not None
+        known = job.frames is not None
+        planner.request(n, given, self._draw(job, "tokens", "uniform", n), known, job.cfg)
+        plan = self.ar_plan(1 if not given.guided else 3 if given.drops else 2)
+        for _ in range(n):
+            plan.replay()
+            if not known and planner.state.done.read()[0]:
+                break
+        ids = planner.state.tokens.read()[:n]
+        ids = ids[ids < self.config.codes]
+        # A motion has at least its shortest length, whatever the planner says.
+        least = -(-self.config.min_frames // self.config.rate)
+        return ids if len(ids) >= least else np.resize(ids, least) if len(ids) else np.zeros(least, np.int32)
+
+    def _decoded(self, job: Request, ids: np.ndarray, stages: dict[str, float], noise: np.ndarray | None) -> Motion:
+        c, frames, given = self.config, len(ids) * self.config.rate, job.constraints
+        guided = given is not None and job.guidance is not None
+        with _timed(stages, "decoder"):
+            whole = np.zeros(self._tokens.shape, np.int32)
+            whole[: len(ids)] = ids
+            self._tokens.write(whole)
+            self._seed.write(np.array([job.seed], np.uint64))
+            self._offset.write(np.array([job.sample], np.uint64))
+            slots = 0
+            if guided and given is not None:
+                slots = self._write_targets(given, frames)
+            self.noise_plan(frames).replay()
+            if noise is not None:
+                self._denoiser.b.x.slice(0, noise.shape).write(noise)
+            self.decode_plan(frames, slots, job.guidance if guided else None).replay()
+        with _timed(stages, "output"):
+            normed = self._denoiser.b.x.slice(0, (frames, c.features)).read()
+            features = self.statistics.denormalize(normed).astype(np.float32)
+            joints = self._joints.slice(0, (frames, c.joints, 3)).read() * np.float32(c.scale)
+            start = given.start if given is not None else StartPose()
+            if given is not None:
+                joints = given.to_world(joints)
+            return Motion(
+                joints, features, ids.astype(np.int32), c.fps, self.skeleton, start, c.scale, job.text, given,
+                given.residuals(joints) if given is not None else (),
+                int(self._pull.stats.read()[:, 0, 2].sum()) if guided else 0, stages,
+            )  # fmt: skip
+
+    def _encoded(self, features: np.ndarray) -> np.ndarray:
+        frames = len(features)
+        self._given.rows(frames).write(self.statistics.normalize(features))
+        self.encode_plan(frames).replay()
+        return self._found.read()[: frames // self.config.rate]
+
+    def _feature(self, text: str, ids: list[int]) -> np.ndarray:
+        """The text's feature [1, embed]; of prompts seen before the one from then."""
+        kept = self._features.pop(text, None)
+        if kept is None:
+            assert self._text is not None
+            self._text.request(ids)
+            self.text_plan().replay()
+            kept = self._text.feature.read()
+            while len(self._features) >= MAX_FEATURES:
+                del self._features[next(iter(self._features))]
+        self._features[text] = kept
+        return kept
+
+    def _write_hints(self, given: Constraints, frames: int) -> None:
+        target, mask = given.target(frames)
+        hints = self.statistics.hint(target, mask)
+        if self.config.traj.hint_mask_channels:
+            hints = np.concatenate([hints, mask.astype(np.float32)], -1)
+        self._hints.rows(frames).write(hints)
+
+    def _write_targets(self, given: Constraints, frames: int) -> int:
+        """Targets and masks of the joints that have any; how many these are."""
+        target, mask = given.target(frames)
+        joints = list(given.joints)
+        k, p = len(joints), self._pull
+        p.joints.slice(0, (1, k)).write(np.array([joints], np.int32))
+        p.at.slice(0, (1, frames, k, 3)).write((target[:, joints] / self.config.scale)[None].astype(np.float32))
+        p.mask.slice(0, (1, frames, k)).write(mask[:, joints][None].astype(np.float32))
+        return k
+
+    def _draw(self, job: Request, stream: str, kind: str, count: int) -> np.ndarray:
+        """Random numbers of a request; few, so they are made here, with the bits that every device would make."""
+        out = np.zeros(count, np.int32 if kind == "bits" else np.float32)
+        seed, offset = np.array([job.seed], np.uint64), np.array([job.sample], np.uint64)
+        with on("cpu"):
+            rng(as_tensor(out), as_tensor(seed), as_tensor(offset), stream=STREAMS[stream], kind=kind)
+        return out
+
+    def _coins(self, job: Request, steps: int) -> np.ndarray:
+        """[steps] bool: whether the second pass drops the trajectory."""
+        if self.config.cfg_alternate == "even_odd":
+            return np.arange(steps) % 2 == 1
+        return (self._draw(job, "coins", "bits", steps) & 1).astype(bool)
+
+
+@contextmanager
+def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
+    before = time.perf_counter()
+    yield
+    stages[name] = (time.perf_counter() - before) * 1e3
+
+
+def _options(
+    name: str, source: Source, device: str, dtype: object, quant: str | None, strict: bool, precise: bool
+) -> Options:
+    stored = source.info("decoder.model.0.weight").dtype
+    parsed = parse_dtype(dtype) if dtype not in ("auto", None) else "bf16" if stored == "BF16" else "f32"
+    if type(precise) is not bool:
+        raise InputError(f"precise={show(precise)} is neither True nor False")
+    return Options(name, device, parsed, quant, strict, precise)
+
+
+def _fits(c: MoTokConfig, words: ClipTokenizer | None) -> None:
+    """What the kernels can hold, and whether text and tower belong together."""
+    if c.max_tokens * c.rate > MAX_FRAMES:
+        raise ConfigError(f"max_frames = {c.max_frames}; the kernels take motions of at most {MAX_FRAMES} frames")
+    if words is not None and words.vocab_size > c.clip.vocab:
+        raise ConfigError(f"the text's vocabulary has {words.vocab_size} entries, clip.vocab = {c.clip.vocab}; "
+                          "use the vocabulary file of these weights")  # fmt: skip
+
+
+__all__ = ["PARTS", "MoTok"]
