@@ -10,25 +10,10 @@ from pathlib import Path
 
 from engine.errors import CheckpointError, InputError
 
+_NAMED = ("tokenizer.model", "vocab.txt", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 #: What is ever fetched from a hub repository: weights without code, and text files that configure them.
-FETCHED = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "vocab.txt",
-    "merges.txt",
-    "bpe_simple_vocab_16e6.txt.gz",
-)
-_SUFFIXES = (
-    ".safetensors",
-    ".json",
-    ".jinja",
-    "tokenizer.model",
-    "vocab.txt",
-    "merges.txt",
-    "bpe_simple_vocab_16e6.txt.gz",
-)
+FETCHED = ("*.safetensors", "*.json", "*.jinja", *_NAMED)
+_SUFFIXES = (".safetensors", ".json", ".jinja", *_NAMED)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ZOO_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*", re.ASCII)
 

@@ -141,7 +141,7 @@ class Denoiser:
         steps = solver_steps(g, len(self.updates)) if g else []
         for k in reversed(range(len(self.updates))):
             self.estimate(t, k)
-            if g is None:
+            if g is None or (steps[k] == 0 and g.solver != "project"):
                 self.update(t, k)
             else:
                 self.pulled(t, k, slots, g, steps[k])

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,10 +27,18 @@ from engine.blocks.motion import Constraints, FeatureStatistics, StartPose, from
 from engine.blocks.weights import Shapes
 from engine.errors import ConfigError, InputError
 from engine.io.checkpoint import Source
+from engine.io.text.clip import ClipTokenizer
 from engine.io.values import show
 from engine.models.motok.config import Guidance, MoTokConfig
 from engine.models.motok.convs import ConvBuffers, Stream
-from engine.models.motok.denoiser import SOLVERS, Denoiser, DenoiserBuffers, GuidanceBuffers
+from engine.models.motok.denoiser import (
+    NODES_PER_BLOCK,
+    NODES_PER_STEP,
+    SOLVERS,
+    Denoiser,
+    DenoiserBuffers,
+    GuidanceBuffers,
+)
 from engine.models.motok.motion import Motion
 from engine.models.motok.planners import ARPlan, Conditions, DDMPlan
 from engine.models.motok.text import TextPlan
@@ -45,9 +53,6 @@ from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
 from engine.runtime.model import Model
 from engine.runtime.plan import Plan, capture
-
-if TYPE_CHECKING:
-    from engine.io.text.clip import ClipTokenizer
 
 PLANNERS = ("ddm", "ar")
 DEFAULT_FRAMES = 120  # of a motion whose length nothing says
@@ -108,15 +113,14 @@ class MoTok(Model):
         Raises: ConfigError, CheckpointError, TokenizerError, InputError, MemoryPlanError; before any work.
         """
         del progress
-        from engine.io.text.clip import ClipTokenizer
-
         config = MoTokConfig.from_folder(folder)
         given = source or open_source(folder)
         try:
             parts = parts_of(given)
             checked(config, given)
             words = ClipTokenizer.from_folder(folder) if "clip" in parts else None
-            options = _options(folder.name, given, device, dtype, quant, strict, precise)
+            options = load_options(folder.name, given, device=device, dtype=dtype, quant=quant, strict=strict,
+                                   precise=precise)  # fmt: skip
             need = cls(config, options, Shapes(shapes(config, parts)), None, dry=True).arena.summary()
             require(need, device, "load with quant='int8'")
             return cls(config, options, given, words)
@@ -134,7 +138,8 @@ class MoTok(Model):
             raise InputError(f"a motion model has no {', '.join(others)}; it takes dtype, quant and precise")
         parsed = MoTokConfig.from_json(config)
         source = Shapes(shapes(parsed))
-        return cls(parsed, _options("motok", source, device, dtype, quant, False, precise), source, None, dry=True)
+        checked = load_options("motok", source, device=device, dtype=dtype, quant=quant, precise=precise)
+        return cls(parsed, checked, source, None, dry=True)
 
     @classmethod
     def plan(cls, config: dict, **options: Any) -> dict[str, int]:
@@ -270,12 +275,13 @@ class MoTok(Model):
         self._convs.encode(w.encoder, self._given, latents, t, "encoder")
         codebook_search(latents, w.codes, w.norms, self._found.slice(0, (n,)), label="codes")
 
-    def node_budget(self, guided_on_mean: bool = False) -> int:
-        """Most nodes that the plan of a decode may have."""
+    @property
+    def node_budget(self) -> int:
+        """Most nodes that the plan of a decode may have; guidance on the mean takes two more a step."""
         c = self.config
-        step = 5 + 4 * c.denoiser.blocks + (2 if guided_on_mean else 0)
-        convolutions = 4 + c.down_t * (4 + 3 * c.depth) + 2
-        return convolutions + len(c.diffusion.timesteps) * step + 2
+        codes, double, rest = 1, 4 + 3 * c.depth, 4  # a halving of the rate: rows cleared twice, two halves
+        steps = len(c.diffusion.timesteps) * (NODES_PER_STEP + NODES_PER_BLOCK * c.denoiser.blocks)
+        return codes + c.down_t * double + rest + 1 + steps + 1
 
     def _planner(self, name: str) -> DDMPlan | ARPlan:
         planner = self._ddm if name == "ddm" else self._ar
@@ -548,7 +554,9 @@ class MoTok(Model):
             n = c.max_tokens if job.frames is None else job.frames // c.rate
             steps = c.ddm.steps if job.planner == "ddm" else n
             guided = job.ids is not None and job.cfg != 1
-            given = Conditions(job.ids is not None, job.constraints is not None, self._coins(job, steps), guided)
+            given = Conditions(
+                job.ids is not None, job.constraints is not None, self.coins(job.seed, job.sample, steps), guided
+            )
             if job.planner == "ddm":
                 return self._masked(job, n, given)
             return self._one_by_one(job, n, given)
@@ -559,7 +567,7 @@ class MoTok(Model):
         ids = np.full(n, c.codes, np.int32)
         if job.tokens is not None and job.edit is not None:
             ids = np.where(job.edit, c.codes, job.tokens).astype(np.int32)
-        uniforms = self._draw(job, "tokens", "uniform", c.ddm.steps * n)
+        uniforms = self.draw(job.seed, job.sample, "tokens", "uniform", c.ddm.steps * n)
         planner.request(n, given, uniforms, ids, job.cfg)
         self.ddm_plan(n, given.guided).replay()
         return planner.ids.read()[:n]
@@ -568,7 +576,7 @@ class MoTok(Model):
         planner = self._ar
         assert planner is not None
         known = job.frames is not None
-        planner.request(n, given, self._draw(job, "tokens", "uniform", n), known, job.cfg)
+        planner.request(n, given, self.draw(job.seed, job.sample, "tokens", "uniform", n), known, job.cfg)
         plan = self.ar_plan(1 if not given.guided else 3 if given.drops else 2)
         for _ in range(n):
             plan.replay()
@@ -645,19 +653,19 @@ class MoTok(Model):
         p.mask.slice(0, (1, frames, k)).write(mask[:, joints][None].astype(np.float32))
         return k
 
-    def _draw(self, job: Request, stream: str, kind: str, count: int) -> np.ndarray:
+    def draw(self, seed: int, sample: int, stream: str, kind: str, count: int) -> np.ndarray:
         """Random numbers of a request; few, so they are made here, with the bits that every device would make."""
         out = np.zeros(count, np.int32 if kind == "bits" else np.float32)
-        seed, offset = np.array([job.seed], np.uint64), np.array([job.sample], np.uint64)
+        key, offset = np.array([seed], np.uint64), np.array([sample], np.uint64)
         with on("cpu"):
-            rng(as_tensor(out), as_tensor(seed), as_tensor(offset), stream=STREAMS[stream], kind=kind)
+            rng(as_tensor(out), as_tensor(key), as_tensor(offset), stream=STREAMS[stream], kind=kind)
         return out
 
-    def _coins(self, job: Request, steps: int) -> np.ndarray:
+    def coins(self, seed: int, sample: int, steps: int) -> np.ndarray:
         """[steps] bool: whether the second pass drops the trajectory."""
         if self.config.cfg_alternate == "even_odd":
             return np.arange(steps) % 2 == 1
-        return (self._draw(job, "coins", "bits", steps) & 1).astype(bool)
+        return (self.draw(seed, sample, "coins", "bits", steps) & 1).astype(bool)
 
 
 @contextmanager
@@ -667,9 +675,11 @@ def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
     stages[name] = (time.perf_counter() - before) * 1e3
 
 
-def _options(
-    name: str, source: Source, device: str, dtype: object, quant: str | None, strict: bool, precise: bool
-) -> Options:
+def load_options(
+    name: str, source: Source, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+    strict: bool = False, precise: bool = True,
+) -> Options:  # fmt: skip
+    """Options of a load, checked; dtype 'auto' is what the weights are stored as."""
     stored = source.info("decoder.model.0.weight").dtype
     parsed = parse_dtype(dtype) if dtype not in ("auto", None) else "bf16" if stored == "BF16" else "f32"
     if type(precise) is not bool:
