@@ -21,7 +21,8 @@ from engine.models.motok.model import MoTok
 from engine.runtime import cuda
 
 MODELS = str(build.ROOT / "tests/models")
-# Normalised error of joints and features; measured 6.3e-7 and 1.8e-8: waypoints hold both to the same place. In bf16, sums that differ in the last digit may round to different operands.
+# Normalised error of joints and features; measured 6.3e-7 and 1.8e-8. In bf16, sums that differ in the last digit may
+# round to different operands.
 LIMITS = {"fp32": 1e-5, "bf16": 1e-3}
 
 
