@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|flow|reaction|model|plan|predict|gpu|readme] ...: see --help. Alone: ops."""
+"""./run bench [ops|gemm|slice|full|flow|motok|reaction|model|plan|predict|gpu|readme] ...: see --help. Alone: ops."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     flow.add_argument("models", nargs="*", choices=["pi05", "xvla", []], default=[])
     flow.add_argument("--rounds", type=int, default=3)
     flow.add_argument("--quant", choices=["int8"])
+    motok = verbs.add_parser("motok", help="MoTok at full size against plain torch with autograd guidance")
+    motok.add_argument("kinds", nargs="*", choices=["fp32", "bf16", "int8", []], default=[])
+    motok.add_argument("--rounds", type=int, default=5)
     reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
     reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
     reaction.add_argument("--episodes", type=int, default=200)
@@ -67,6 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         from bench.flow import main as run_flow
 
         run_flow(a.models or ["xvla", "pi05"], a.rounds, a.quant)
+    elif a.suite == "motok":
+        from bench.motok import main as run_motok
+
+        run_motok(a.kinds, a.rounds)
     elif a.suite == "reaction":
         from bench.reaction import main as run_reaction
 
