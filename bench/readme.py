@@ -128,6 +128,19 @@ def figure_table() -> str:
                     versus = f"lerobot's chunk ×{r['ratio_first']:.2f} (arithmetic ×{r['ratio_of_arithmetic']:.2f})"
                     rows.append(_row(f"{label}, first action, {r['what']}", quant or "bf16", f"{r['first_ms']:.0f} ms",
                                      "-", "as above", versus, data["file"]))  # fmt: skip
+    data = newest("motok")
+    near = {r["kind"]: r["rms_to_fp32"] for r in data["rows"] if r["what"] == "load"}
+    for r in data["rows"]:
+        if r["what"] == "request":
+            versus = f"eager torch ×{r['ratio']:.2f}, fp32 ×{r['ratio_fp32']:.2f}"
+            figure = f"{r['seconds']:.2f} s, guidance {r['guidance_share']:.1%} of it"
+            what = "MoTok, full size, random weights, text and 3 joints to 196 frames"
+            rows.append(_row(what, r["kind"], figure, "-",
+                             f"motion within {near[r['kind']]:.0e} of fp32", versus, data["file"]))  # fmt: skip
+        elif r["what"] == "loop":
+            roof = f"{r['gflop_s'] / r['matmul_gflop_s']:.0%} of torch.matmul's best"
+            rows.append(_row("the same, 27 denoising steps alone", r["kind"], f"{r['seconds']:.2f} s", roof, "as above",
+                             f"{r['opponent']} torch ×{r['ratio']:.2f}", data["file"]))  # fmt: skip
     data = newest("gemm")
     for fmt in ("f32", "bf16"):
         mine = [r for r in data["rows"] if r["format"] == fmt and "vs_torch" in r]

@@ -1,4 +1,4 @@
-"""The `engine` command: chat, generate, explain, plan, serve, bench, demo."""
+"""The `engine` command: chat, generate, motion, explain, plan, serve, bench, demo."""
 
 from __future__ import annotations
 
@@ -103,6 +103,32 @@ def generate(
             _say(event.text)
     print()
     print(f"[{_speed(stream.result)}]", file=sys.stderr)
+
+
+@app.command()
+def motion(
+    text: Annotated[str, typer.Argument(help="what the person does; '' with --constraints alone")],
+    out: Annotated[Path, typer.Option(help=".npy, .bvh, .glb, .gif or .mp4")] = Path("motion.bvh"),
+    name: Annotated[str, typer.Option(help="zoo name, folder, or hub id")] = "motok-tiny",
+    frames: Annotated[int | None, typer.Option(help="length at the model's frame rate")] = None,
+    constraints: Annotated[Path | None, typer.Option(help="JSON file of waypoints")] = None,
+    planner: Annotated[str | None, typer.Option(help="ddm or ar")] = None,
+    solver: Annotated[str | None, typer.Option(help="lbfgs, lbfgs_last, gd or project")] = None,
+    cfg: Annotated[float | None, typer.Option(help="scale of classifier-free guidance")] = None,
+    quant: Quant = None, dtype: DType = "auto", seed: Seed = 0,
+) -> None:  # fmt: skip
+    """A motion for a text, waypoints, or both, saved by the suffix of --out."""
+    from engine.blocks.motion import Constraints
+
+    model: Any = engine.load(name, quant=quant, dtype=dtype)
+    points = None if constraints is None else Constraints.read(constraints, model.skeleton)
+    guidance = None if solver is None else {"solver": solver}
+    made = model.generate(
+        text, frames=frames, constraints=points, planner=planner, seed=seed, cfg=cfg, guidance=guidance
+    )
+    print(made, *made.residuals, sep="\n")
+    print("ms: " + ", ".join(f"{k} {v:.1f}" for k, v in made.stages.items()))
+    print(f"written: {made.save(out)}")
 
 
 @app.command()

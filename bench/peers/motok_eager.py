@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Eager:
         self.mask[at[:, None], torch.tensor(JOINTS)[None]] = 1
         self.target = 0.5 * torch.randn(FRAMES, self.c.joints, 3)
         self.count = float(3 * self.mask.sum())
-        self.compiled = None
+        self.compiled: Any = None
         self.tokens = torch.randint(0, self.c.codes, (1, FRAMES // self.c.rate))
 
     # ---- guidance, as InterControl has it
