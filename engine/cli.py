@@ -123,9 +123,8 @@ def motion(
     model: Any = engine.load(name, quant=quant, dtype=dtype)
     points = None if constraints is None else Constraints.read(constraints, model.skeleton)
     guidance = None if solver is None else {"solver": solver}
-    made = model.generate(
-        text, frames=frames, constraints=points, planner=planner, seed=seed, cfg=cfg, guidance=guidance
-    )
+    made = model.generate(text, frames=frames, constraints=points, planner=planner, seed=seed, cfg=cfg,
+                          guidance=guidance)  # fmt: skip
     print(made, *made.residuals, sep="\n")
     print("ms: " + ", ".join(f"{k} {v:.1f}" for k, v in made.stages.items()))
     print(f"written: {made.save(out)}")

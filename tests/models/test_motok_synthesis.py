@@ -28,7 +28,7 @@ def test_bodies(action: str) -> None:
     want = np.broadcast_to(np.linalg.norm(HUMANML3D.offsets, axis=-1)[1:], bones.shape)
     np.testing.assert_allclose(bones, want, atol=1e-9)
     lowest = joints[:, [10, 11], 1].min(1)
-    assert lowest.min() > -0.05 and (lowest.max() < 0.06 or action == "jump")
+    assert lowest.min() > -0.05 and (lowest.max() < 0.12 or action == "jump")
     moved = np.linalg.norm(joints[-1, 0, [0, 2]] - joints[0, 0, [0, 2]])
     assert (moved > 2) == (action in GAITS)
     assert foot_skate(recover_joints(synthesise.features_of(joints))) < 0.35
