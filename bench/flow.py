@@ -26,6 +26,7 @@ from bench.report import Report
 from bench.roofs import Bandwidth, arithmetic
 from bench.sources import RandomSource
 from bench.timing import PARK
+from bench.worker import Worker
 from engine.blocks.observation import ModelInput
 from engine.blocks.policy import FlowPolicy
 from engine.models.pi05 import weights as pi05_weights
@@ -98,35 +99,12 @@ def gate(kind: str, quant: str | None) -> tuple[float, float]:
     return error, cosine
 
 
-class Peer:
+class Peer(Worker):
     """lerobot in its own process."""
 
     def __init__(self, kind: str) -> None:
         python = Path(os.environ.get("QUINTET_PEER_LEROBOT", ROOT / ".venvs/lerobot/bin/python"))
-        if not python.exists():
-            raise SystemExit(f"no peer environment at {python}; make it with ./run peers")
-        command = [str(python), str(ROOT / "bench/peers/lerobot_worker.py"), kind, str(device.threads()), str(STEPS)]
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, env=env)
-        self._answer()
-
-    def _answer(self) -> float:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return float(json.loads(line)["seconds"])
-        raise SystemExit("the lerobot process ended; run its worker by hand to see why")
-
-    def ask(self, **command: Any) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().__init__(python, "lerobot_worker.py", kind, device.threads(), STEPS)
 
 
 class Ours:

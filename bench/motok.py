@@ -6,9 +6,7 @@ own, in the same format. No speed without the golden motion and, for other forma
 
 from __future__ import annotations
 
-import json
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +18,7 @@ from bench.report import Report
 from bench.roofs import Bandwidth, arithmetic
 from bench.sources import RandomSource
 from bench.timing import PARK
+from bench.worker import Worker
 from engine.blocks.motion import HUMANML3D_STATISTICS, Constraints, Waypoints
 from engine.models.motok.config import MoTokConfig
 from engine.models.motok.model import MoTok, load_options
@@ -69,29 +68,11 @@ class Words:
         return [49406, 320, 2533, 8192, 2342, 593, 3131, 267, 1594, 4160, 49407][:ctx]
 
 
-class Peer:
+class Peer(Worker):
+    """Plain torch, in the environment of this process."""
+
     def __init__(self, dtype: str) -> None:
-        command = [sys.executable, str(ROOT / "bench/peers/motok_eager.py"), str(device.threads()), dtype]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit("the opponent ended; run bench/peers/motok_eager.py by hand to see why")
-
-    def ask(self, **command: Any) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().__init__(Path(sys.executable), "motok_eager.py", device.threads(), dtype)
 
 
 def waypoints(model: MoTok) -> Constraints:
@@ -216,7 +197,7 @@ def guidance_row(report: Report, peer: Peer) -> None:
     """Loss and gradient on one core, ours by steps of descent."""
     threads = device.threads()
     device.set_threads(1)
-    bare, inside = (peer.ask(do="evaluations", count=300, solver=s)["each"] * 1e6 for s in (False, True))
+    bare, inside = (peer.tell(do="evaluations", count=300, solver=s)["each"] * 1e6 for s in (False, True))
     single, double = evaluation_us(False), evaluation_us(True)
     device.set_threads(threads)
     won, solved = bare / single, inside / single
@@ -237,7 +218,7 @@ def request_row(report: Report, kind: str, ours: Ours, plain: Peer, equal: Peer,
     for _ in range(rounds):
         for name, peer in contestants.items():
             time.sleep(PARK)
-            asked[name].append(peer.ask(do="request"))
+            asked[name].append(peer.tell(do="request"))
         time.sleep(PARK)
         answers.append(ours.request())
     asked.setdefault("equal", asked["plain"])
@@ -275,7 +256,7 @@ def loop_row(report: Report, kind: str, ours: Ours, peer: Peer, rounds: int) -> 
     same, steps = KINDS[kind][2], len(ours.model.config.diffusion.timesteps)
     calls: dict[str, Any] = {"ours": ours.loop}
     for name in ("eager", "compiled"):
-        calls[name] = lambda c=name == "compiled": steps * peer.ask(do="loop", compiled=c)["denoise"]
+        calls[name] = lambda c=name == "compiled": steps * peer.tell(do="loop", compiled=c)["denoise"]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first warms up
         for name, call in calls.items():
@@ -285,7 +266,7 @@ def loop_row(report: Report, kind: str, ours: Ours, peer: Peer, rounds: int) -> 
     best = min(("eager", "compiled"), key=medians.__getitem__)
     won = float(np.median(np.array(times[best][1:]) / np.array(times["ours"][1:])))
     rate = steps * flops(ours.model.config) / medians["ours"] / 1e9
-    roof = peer.ask(do="matmul")["gflops"]
+    roof = peer.tell(do="matmul")["gflops"]
     print(f"  denoising loop   ours {medians['ours']:6.3f} s; eager {medians['eager']:.3f} s, compiled "
           f"{medians['compiled']:.3f} s; x{won:.2f} of the faster{verdict(won, BARS[kind][2])}")  # fmt: skip
     print(f"    rate {rate:.0f} GFLOP/s, torch.matmul's best {same} {roof:.0f}: {rate / roof:.2f}"

@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from bench.report import Report
 from bench.roofs import Bandwidth, arithmetic
 from bench.sources import PUBLISHED, RandomSource
 from bench.timing import PARK
+from bench.worker import Worker
 from engine.io.checkpoint import save
 from engine.models.nemotron.model import Nemotron
 from engine.runtime import device
@@ -38,38 +37,15 @@ def write_checkpoint(folder: Path) -> None:
     save(folder / "model.safetensors", {n: (source.info(n).dtype, source.read(n)) for n in source.keys()})  # noqa: SIM118
 
 
-class Peer:
+class Peer(Worker):
     """transformers in its own process."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         python = Path(os.environ.get("QUINTET_PEER_TRANSFORMERS", ROOT / ".venvs/transformers/bin/python"))
-        if not python.exists():
-            raise SystemExit(f"no peer environment at {python}; make it with ./run peers")
         self.out = folder / f"peer-{dtype}.safetensors"
-        worker = ROOT / "bench/peers/transformers_worker.py"
-        command = [str(python), str(worker), str(folder), dtype, json.dumps(PROMPT),
-                   str(device.threads()), str(self.out)]  # fmt: skip
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, env=env)
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit("the transformers process ended; run its worker by hand to see why")
-
-    def ask(self, **command: Any) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return float(self._answer()["seconds"])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        super().__init__(
+            python, "transformers_worker.py", folder, dtype, json.dumps(PROMPT), device.threads(), self.out
+        )
 
 
 class Ours:
