@@ -53,4 +53,10 @@ def load(
     device = choose(device)
     folder = resolve(name, revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
     _, model_class = family_of(folder)
+    takes = model_class.load_options()
+    unknown = sorted(set(options) - takes)
+    if unknown:
+        raise errors.InputError(
+            f"{model_class.__name__} has no option {unknown[0]!r}; it takes {', '.join(sorted(takes))}"
+        )
     return model_class.load(folder, device=device, dtype=dtype, quant=quant, strict=strict, **options)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import engine
-from engine.errors import EngineError
+from engine.errors import EngineError, InputError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Quintet: published models, each step one static plan."
@@ -23,6 +23,15 @@ Strict = Annotated[bool, typer.Option(help="refuse slower implementations")]
 Tokens = Annotated[int | None, typer.Option(help="new tokens at most")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Seed = Annotated[int, typer.Option()]
+
+
+def _model(verb: str, name: str, **options: Any) -> Any:
+    """A loaded model that can do `verb`; options that nobody gave are left to it."""
+    model = engine.load(name, **{k: v for k, v in options.items() if v is not None})
+    if not hasattr(model, verb):
+        kind = type(model)
+        raise InputError(f"{name} is a {kind.__name__} and has no {verb!r}; {(kind.__doc__ or '').splitlines()[0]}")
+    return model
 
 
 def _say(text: str, kind: str = "answer") -> None:
@@ -69,7 +78,7 @@ def chat(
     max_new_tokens: Tokens = None, temperature: Temperature = 0.0, top_p: float = 1.0, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D ends."""
-    model = engine.load(name, quant=quant, dtype=dtype, context=context)
+    model = _model("chat", name, quant=quant, dtype=dtype, context=context)
     messages: list[dict] = []
     while True:
         try:
@@ -94,7 +103,7 @@ def generate(
     repetition_penalty: float = 1.0, seed: Seed = 0, stop: Annotated[list[str] | None, typer.Option()] = None,
 ) -> None:  # fmt: skip
     """Continue a text."""
-    model: Any = engine.load(name, quant=quant, dtype=dtype, context=context)
+    model = _model("score", name, quant=quant, dtype=dtype, context=context)
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling["repetition_penalty"] = repetition_penalty
@@ -120,7 +129,7 @@ def motion(
     """A motion for a text, waypoints, or both, saved by the suffix of --out."""
     from engine.blocks.motion import Constraints
 
-    model: Any = engine.load(name, quant=quant, dtype=dtype)
+    model = _model("reconstruct", name, quant=quant, dtype=dtype)
     points = None if constraints is None else Constraints.read(constraints, model.skeleton)
     guidance = None if solver is None else {"solver": solver}
     made = model.generate(text, frames=frames, constraints=points, planner=planner, seed=seed, cfg=cfg,
@@ -230,7 +239,7 @@ QUESTIONS = (
 @app.command()
 def demo(name: Name = "nemotron-tiny", quant: Quant = None) -> None:
     """A few real questions to the embedded model, streamed, with speeds and what ran."""
-    model = engine.load(name, quant=quant, context=1024)
+    model = _model("chat", name, quant=quant, context=1024)
     print(f"{model!r}\n")
     model.warmup()
     results, messages = [], []

@@ -26,7 +26,7 @@ from engine.ops.flow import FlowState
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.device import on
 from engine.runtime.fit import require
-from engine.runtime.model import Model
+from engine.runtime.model import Model, keywords
 
 
 class ViewsSeen:
@@ -75,6 +75,11 @@ class FlowPolicy(Model):
             return cls(config, source, checked)
         with Checkpoint(folder) as checkpoint:
             return cls(config, checkpoint, checked)
+
+    @classmethod
+    def load_options(cls) -> frozenset[str]:
+        """Names of the options that `engine.load` takes; see `PolicyOptions.of`."""
+        return keywords(PolicyOptions.of, "name", "horizon", "steps", "checkpoint_dtype", "vocab", "samplers")
 
     @classmethod
     def sketch(cls, config: dict, **options: Any) -> Self:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,12 @@ class MemoryReport:
         return "\n".join(rows)
 
 
+def keywords(call: Callable[..., Any], *internal: str) -> frozenset[str]:
+    """Names of the keyword-only arguments of `call`, without those that callers here give."""
+    found = inspect.signature(call).parameters.values()
+    return frozenset(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in internal)
+
+
 class Model:
     """Base of every model: owns an arena and named plans."""
 
@@ -70,6 +77,11 @@ class Model:
         self.closed = False
         self._lock = threading.Lock()
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()  # streams that may hold the lock
+
+    @classmethod
+    def load_options(cls) -> frozenset[str]:
+        """Names of the options that `engine.load` takes for this kind of model."""
+        return keywords(cls.load, "source")  # type: ignore[attr-defined]
 
     def __enter__(self):
         return self

@@ -495,6 +495,12 @@ def test_bad_folders(tmp_path: Path, fault: str) -> None:
         engine.load(folder)
 
 
+def test_unknown_option(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, tiny(), ())
+    with pytest.raises(InputError, match="MoTok has no option 'context'; it takes device, dtype, precise"):
+        engine.load(folder, context=64)
+
+
 def test_statistics_that_divide_by_zero(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, tiny(), ())
     stats = {k.removeprefix("stats."): v for k, v in source_of(tiny()).tensors.items()}

@@ -32,6 +32,7 @@ from engine.ops.ssm import SsmShape, ssm
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
+from engine.runtime.model import keywords
 from engine.runtime.plan import capture
 
 DEFAULT_CONTEXT = 8192
@@ -97,6 +98,11 @@ class Nemotron(LanguageModel):
     """A loaded model: `generate`, `stream`, `chat`, `score`, `logits`, `explain`, `memory`. See engine.load."""
 
     config: NemotronConfig
+
+    @classmethod
+    def load_options(cls) -> frozenset[str]:
+        """Names of the options that `engine.load` takes."""
+        return keywords(cls.__init__, "name", "tokenizer", "template")
 
     @classmethod
     def load(cls, folder: Path, *, source: Source | None = None, **options: object) -> Nemotron:

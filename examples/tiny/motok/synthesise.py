@@ -128,20 +128,20 @@ def walk(pose: Pose, script: Script, weight: np.ndarray, rng: np.random.Generato
     """A gait; weight [T] in [0, 1]: how much of it."""
     run = script.gait == "run"
     pace = (0.75, 1.0, 1.3)[script.speed] * rng.uniform(0.92, 1.08)
-    rate = (1.35 if run else 0.95) * pace**0.5  # strides a second
-    reach = (0.62 if run else 0.42) * pace**0.5 * rng.uniform(0.95, 1.05)
+    rate = (1.25 if run else 0.95) * pace**0.5  # strides a second
+    reach = (0.5 if run else 0.36) * pace**0.5 * rng.uniform(0.95, 1.05)
     phase = np.cumsum(2 * np.pi * rate / FPS * (0.25 + 0.75 * weight)) + rng.uniform(0, 2 * np.pi)
     for side in (0, 1):
         p = phase + np.pi * side
         pose.thigh[side] += weight * (reach * np.sin(p) + (0.12 if run else 0.04))
         pose.knee[side] += weight * ((1.35 if run else 1.05) * np.clip(np.cos(p - 0.1), 0, 1) ** 1.3 + 0.1)
-        pose.toe[side] += weight * 0.2 * np.clip(np.cos(p), 0, 1)
-        pose.ahead[side] += -weight * (0.75 if run else 0.5) * reach / 0.42 * np.sin(p)
+        pose.toe[side] += weight * 0.9 * np.clip(np.cos(p - 0.6), 0, 1)  # or the swinging foot is the lower one
+        pose.ahead[side] += -weight * (0.75 if run else 0.5) * reach / 0.36 * np.sin(p)
         pose.elbow[side] += weight * (1.45 if run else 0.3)
     pose.lean += weight * (0.16 if run else 0.03)
     pose.twist += weight * 0.12 * np.sin(phase)
-    bend = script.turn * rng.uniform(0.45, 0.75) * (1.3 if run else 1.0)  # radians a second
-    pose.yaw += np.cumsum(weight * bend / FPS)
+    bend = rng.uniform(1.0, 1.6) / max(float(weight.sum()), 50.0)  # radians a frame: a bend, not a circle
+    pose.yaw += np.cumsum(weight * bend) * script.turn
 
 
 def act(pose: Pose, script: Script, weight: np.ndarray, clock: np.ndarray, rng: np.random.Generator) -> None:
@@ -300,8 +300,9 @@ def clips(count: int, seed: int = 0, held_out: bool = False) -> list[Clip]:
     rng, out = np.random.default_rng(seed), []
     for _ in range(count):
         script = draw_script(rng)
-        shortest = 80 if script.gait and script.action else SHORTEST
-        frames = 4 * int(rng.integers(shortest // 4, LONGEST // 4 + 1))
+        # What takes two parts takes longer; nobody walks out of sight.
+        shortest, longest = (80, LONGEST) if script.gait and script.action else (SHORTEST, 128)
+        frames = 4 * int(rng.integers(shortest // 4, longest // 4 + 1))
         features = features_of(joints_of(script, frames + 1, rng))
         out.append(Clip(script, said(script, rng, held_out), features))
     return out

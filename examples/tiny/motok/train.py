@@ -40,13 +40,14 @@ from engine.models.motok.tokenizer_reference import alpha_bars
 ROOT = Path(__file__).resolve().parents[3]
 SEED, CLIPS = 0, 8000
 CROP, COMMIT, DECAY = 64, 0.02, 0.99
+ROOT_WEIGHT = 12.0
 MERGES = 180
 POOL = (0, 10, 11, 15, 20, 21)  # joints that waypoints are given for: pelvis, feet, head, wrists
 DERIVED = ("position_enc.pe", "pos_embed.embed")  # what a loader makes from the sizes
 CONFIG = {
     "dataset": "humanml3d", "width": 64, "depth": 2, "latent": 96, "codes": 256,
     "denoiser": {"blocks": 4, "width": 128, "kernel": 5, "t_embed": 64},
-    "ddm": {"dim": 128, "layers": 3, "heads": 4, "ff": 192, "code_dim": 96},
+    "ddm": {"dim": 128, "layers": 4, "heads": 4, "ff": 192, "code_dim": 96},
     "ar": {"dim": 96, "layers_base": 3, "heads": 6, "ff": 192},
     "clip": {"width": 96, "layers": 2, "heads": 6, "ctx": 32, "ff": 192, "embed": 96},
 }  # fmt: skip
@@ -166,6 +167,10 @@ def train_tokenizer(model: MoTokReference, data: Data, steps: int, batch: int = 
     t, generator = model.tokenizer, torch.Generator().manual_seed(SEED + 1)
     bars = alpha_bars(model.config.diffusion).float()
     book = MovingCodebook(t.quantizer.codebook, generator)
+    # Errors of the root's turn and way add up over frames; those of a joint do not.
+    weight = torch.ones(model.config.features)
+    weight[:3] = ROOT_WEIGHT
+    weight /= weight.mean()
     optimizer = torch.optim.AdamW(t.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     lengths, begun = data.lengths(generator, CROP), time.time()
     for step in range(steps):
@@ -185,7 +190,7 @@ def train_tokenizer(model: MoTokReference, data: Data, steps: int, batch: int = 
         bar = bars[when][:, None, None]
         noisy = bar.sqrt() * x0 + (1 - bar).sqrt() * torch.randn(x0.shape, generator=generator)
         guess = t.denoiser(noisy, when, s)
-        loss = F.smooth_l1_loss(guess, x0)
+        loss = (weight * F.smooth_l1_loss(guess, x0, reduction="none")).mean()
         total = loss + COMMIT * F.mse_loss(h, q)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -285,8 +290,8 @@ def write(folder: Path, model: MoTokReference, stats: FeatureStatistics) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "engine/zoo/motok-tiny")
-    parser.add_argument("--tokenizer", type=int, default=3600, help="steps")
-    parser.add_argument("--planners", type=int, default=3600, help="steps")
+    parser.add_argument("--tokenizer", type=int, default=2800, help="steps")
+    parser.add_argument("--planners", type=int, default=4800, help="steps")
     parser.add_argument("--clips", type=int, default=CLIPS)
     args = parser.parse_args()
     torch.manual_seed(SEED)
