@@ -15,6 +15,7 @@ import pytest
 import engine
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.schedule import HorizonSchedule
+from engine.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/tiny/reaction"))
 
@@ -31,6 +32,12 @@ def loaded(name: str) -> FlowPolicy:
     model = engine.load(name, progress=False)
     assert isinstance(model, FlowPolicy)
     return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_option(name: str) -> None:
+    with pytest.raises(InputError, match=r"has no option 'context'; it takes alpha, batch"):
+        engine.load(name, context=64)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ from engine.models.motok.denoiser import (
 from engine.models.motok.motion import Motion
 from engine.models.motok.planners import ARPlan, Conditions, DDMPlan
 from engine.models.motok.text import TextPlan
-from engine.models.motok.weights import PARTS, checked, load_weights, open_source, parts_of, shapes
+from engine.models.motok.weights import checked, load_weights, open_source, parts_of, shapes
 from engine.ops import gemm as gemm_op
 from engine.ops.codebook import codebook_search
 from engine.ops.dispatch import strict as strict_dispatch
@@ -576,17 +576,17 @@ class MoTok(Model):
         planner = self._ar
         assert planner is not None
         known = job.frames is not None
-        planner.request(n, given, self.draw(job.seed, job.sample, "tokens", "uniform", n), known, job.cfg)
+        planner.request(n, given, self.draw(job.seed, job.sample, "tokens", "uniform", n), job.cfg)
         plan = self.ar_plan(1 if not given.guided else 3 if given.drops else 2)
-        for _ in range(n):
+        least = n if known else -(-self.config.min_frames // self.config.rate)  # END may come behind these
+        for i in range(n):
+            if i == least:
+                planner.state.open.write(np.ones(1, np.int32))
             plan.replay()
-            if not known and planner.state.done.read()[0]:
+            if i >= least and planner.state.done.read()[0]:
                 break
         ids = planner.state.tokens.read()[:n]
-        ids = ids[ids < self.config.codes]
-        # A motion has at least its shortest length, whatever the planner says.
-        least = -(-self.config.min_frames // self.config.rate)
-        return ids if len(ids) >= least else np.resize(ids, least) if len(ids) else np.zeros(least, np.int32)
+        return ids[ids < self.config.codes]
 
     def _decoded(self, job: Request, ids: np.ndarray, stages: dict[str, float], noise: np.ndarray | None) -> Motion:
         c, frames, given = self.config, len(ids) * self.config.rate, job.constraints
@@ -694,6 +694,3 @@ def _fits(c: MoTokConfig, words: ClipTokenizer | None) -> None:
     if words is not None and words.vocab_size > c.clip.vocab:
         raise ConfigError(f"the text's vocabulary has {words.vocab_size} entries, clip.vocab = {c.clip.vocab}; "
                           "use the vocabulary file of these weights")  # fmt: skip
-
-
-__all__ = ["PARTS", "MoTok"]

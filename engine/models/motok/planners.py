@@ -49,7 +49,8 @@ def masked_counts(length: int, steps: int) -> list[int]:
     return [min(length, max(1, round(s * length - 1e-9))) for s in share]
 
 
-def head_ctx(positions: int) -> int:
+def padded_ctx(positions: int) -> int:
+    """Of a cache that holds so many."""
     return -(-positions // 16) * 16
 
 
@@ -58,7 +59,7 @@ class DDMPlan:
 
     def __init__(self, arena: Arena, c: MoTokConfig, w: PlannerWeights, convs: ConvBuffers, kv: str) -> None:
         d, n, steps = c.ddm, c.max_tokens, c.ddm.steps
-        m, ctx = 2 * (n + 1), head_ctx(n + 1)
+        m, ctx = 2 * (n + 1), padded_ctx(n + 1)
         self.c, self.w, self.convs, self.ws = c, w, convs, convs.ws
         self.steps = steps
 
@@ -83,7 +84,7 @@ class DDMPlan:
     @staticmethod
     def workspace(c: MoTokConfig) -> int:
         d, n = c.ddm, c.max_tokens
-        return attention_op.workspace_bytes(n + 1, d.heads, d.dim // d.heads, head_ctx(n + 1))
+        return attention_op.workspace_bytes(n + 1, d.heads, d.dim // d.heads, padded_ctx(n + 1))
 
     def prepare(self) -> None:
         """The rows that no request changes."""
@@ -172,7 +173,7 @@ class ARPlan:
 
     def __init__(self, arena: Arena, c: MoTokConfig, w: PlannerWeights, convs: ConvBuffers, kv: str) -> None:
         a, n = c.ar, c.max_tokens
-        ctx = head_ctx(a.block)
+        ctx = padded_ctx(a.block)
         self.c, self.w, self.convs, self.ws = c, w, convs, convs.ws
 
         def ws(name: str, *shape: int) -> Tensor:
@@ -195,7 +196,7 @@ class ARPlan:
     @staticmethod
     def workspace(c: MoTokConfig) -> int:
         a = c.ar
-        return attention_op.workspace_bytes(1, a.heads, a.dim // a.heads, head_ctx(a.block))
+        return attention_op.workspace_bytes(1, a.heads, a.dim // a.heads, padded_ctx(a.block))
 
     def _row(self, i: int, count: int = 1) -> Tensor:
         dim = self.c.ar.dim
@@ -230,8 +231,8 @@ class ARPlan:
                 label="trajectory.first",
             )
 
-    def request(self, n: int, given: Conditions, uniforms: np.ndarray, known: bool, scale: float) -> None:
-        """Writes what the steps read. n: tokens that come, or at most can come unless `known`."""
+    def request(self, n: int, given: Conditions, uniforms: np.ndarray, scale: float) -> None:
+        """Writes what the steps read. n: tokens that come at most; END does not come before `state.open` is set."""
         s, most = self.state, self.c.max_tokens
         places = np.arange(most, dtype=np.int32)
 
@@ -248,7 +249,7 @@ class ARPlan:
         draws[: len(uniforms)] = uniforms
         s.uniforms.write(draws)
         s.tokens.write(np.full(most, self.c.codes + 1, np.int32))
-        for tensor, value in ((s.step, 0), (s.limit, n), (s.open, int(not known)), (s.done, 0)):
+        for tensor, value in ((s.step, 0), (s.limit, n), (s.open, 0), (s.done, 0)):
             tensor.write(np.array([value], np.int32))
         s.ids.write(np.full(PASSES + 1, -1, np.int32))  # no token yet: a row of zeros
         s.pos.write(np.zeros(PASSES + 1, np.int32))

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.blocks.transformer import TowerBuffers, tower_layer
 from engine.models.motok.config import ClipText
+from engine.models.motok.planners import EPS, padded_ctx
 from engine.models.motok.weights import TextWeights
 from engine.ops import attention as attention_op
 from engine.ops.attention import KVCache
@@ -16,12 +17,6 @@ from engine.ops.gather import gather
 from engine.ops.gemm import gemm
 from engine.ops.norm import norm
 from engine.runtime.arena import Arena, Tensor
-
-EPS = 1e-5
-
-
-def _ctx(t: ClipText) -> int:
-    return -(-t.ctx // 16) * 16
 
 
 class TextPlan:
@@ -35,7 +30,7 @@ class TextPlan:
 
         self.ids = arena.alloc("text.ids", (t.ctx,), "i32", "io")
         self.count, self.last = (arena.alloc(f"text.{n}", (1,), "i32", "io") for n in ("count", "last"))
-        cache = KVCache.empty(arena, "text.kv", t.heads, t.width // t.heads, _ctx(t), kv, 1, "workspace")
+        cache = KVCache.empty(arena, "text.kv", t.heads, t.width // t.heads, padded_ctx(t.ctx), kv, 1, "workspace")
         self.b = TowerBuffers(
             room("x", t.width), room("qkv", 3 * t.width), room("mixed", t.width), room("hidden", t.ff), cache,
             arena.alloc("text.pos", (1,), "i32", "io"), ws,
@@ -45,7 +40,7 @@ class TextPlan:
 
     @staticmethod
     def workspace(t: ClipText) -> int:
-        return attention_op.workspace_bytes(t.ctx, t.heads, t.width // t.heads, _ctx(t))
+        return attention_op.workspace_bytes(t.ctx, t.heads, t.width // t.heads, padded_ctx(t.ctx))
 
     def request(self, ids: list[int]) -> None:
         whole = np.zeros(self.t.ctx, np.int32)
