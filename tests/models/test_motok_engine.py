@@ -23,7 +23,7 @@ from engine.io.tensors import f32_to_bf16
 from engine.models.motok.config import Guidance, MoTokConfig
 from engine.models.motok.guidance_reference import Targets, distances
 from engine.models.motok.model import MoTok
-from engine.models.motok.planner_reference import ClipTower, DDMPlanner
+from engine.models.motok.planner_reference import ClipTower, DDMPlanner, guided_logits, pick
 from engine.models.motok.reference import MoTokReference
 from engine.models.motok.tokenizer_reference import Tokenizer
 from engine.runtime import device
@@ -178,15 +178,29 @@ def test_planned_tokens(pair, planner: str, text: str | None, constrained: bool)
         assert made.tokens.tolist() == planned(reference, m, planner, text, given, seed, 64).tolist()
 
 
-def test_a_length_that_the_planner_finds() -> None:
-    reference, m = both(tiny(codes=6, min_frames=4))
-    lengths = set()
+@pytest.mark.parametrize("least", [1, 4])
+def test_a_length_that_the_planner_finds(least: int) -> None:
+    """As the reference's loop, with END left out before the shortest length."""
+    reference, m = both(tiny(codes=6, min_frames=4 * least))
+    c, lengths = m.config, set()
+    feature = reference.clip(torch.tensor([m.words.encode("walk", c.clip.ctx)]))  # type: ignore[union-attr]
+    none, coin = torch.zeros_like(feature), torch.zeros(1, dtype=torch.bool)
     for seed in range(6):
-        want = planned(reference, m, "ar", "walk", None, seed, None)
+        uniforms = torch.from_numpy(m.draw(seed, 0, "tokens", "uniform", c.max_tokens)).double()
+        want: list[int] = []
+        while len(want) < c.max_tokens:
+            seen = torch.tensor(want, dtype=torch.long)[None]
+            logits = guided_logits(lambda t, s, seen=seen: reference.ar(seen, t, s)[:, -1], feature, None, c.ar.cfg,
+                                   coin, none)  # fmt: skip
+            if len(want) < least:
+                logits[:, c.codes] = -torch.inf
+            new = int(pick(logits, uniforms[len(want)][None]))
+            if new == c.codes:
+                break
+            want.append(new)
         made = m.generate("walk", planner="ar", seed=seed)
+        assert made.tokens.tolist() == want
         lengths.add(len(want))
-        if len(want):
-            assert made.tokens.tolist() == want.tolist()
     assert len(lengths) > 1
 
 
