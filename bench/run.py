@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     flow.add_argument("--rounds", type=int, default=3)
     flow.add_argument("--quant", choices=["int8"])
     motok = verbs.add_parser("motok", help="MoTok at full size against plain torch with autograd guidance")
-    motok.add_argument("kinds", nargs="*", choices=["fp32", "bf16", "int8", []], default=[])
+    motok.add_argument("--dtype", choices=["fp32", "bf16"], help="only this format (default: fp32, bf16 and int8)")
+    motok.add_argument("--quant", choices=["int8"])
     motok.add_argument("--rounds", type=int, default=5)
     reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
     reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
@@ -73,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
     elif a.suite == "motok":
         from bench.motok import main as run_motok
 
-        run_motok(a.kinds, a.rounds)
+        if a.quant and a.dtype == "fp32":
+            parser.error("quantised weights are computed with in bf16; leave --dtype fp32 out")
+        kind = a.quant or a.dtype
+        run_motok([kind] if kind else None, a.rounds)
     elif a.suite == "reaction":
         from bench.reaction import main as run_reaction
 
