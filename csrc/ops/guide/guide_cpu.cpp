@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "base/simd.h"
 #include "ops/guide/angles.h"
@@ -141,6 +142,34 @@ __attribute__((noinline)) void running_sums(int64_t n, const R* __restrict in, R
     before += sum[j];
   }
 }
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+// A vector at a time: four doublings inside it, and what came before on top.
+template <bool kFromEnd> ENGINE_INLINE void vector_sums(int64_t n, const float* __restrict in, float* __restrict out) {
+  const auto moved = [](__m512 v, auto lanes) {
+    const __m512i x = _mm512_castps_si512(v), none = _mm512_setzero_si512();
+    constexpr int by = decltype(lanes)::value;
+    return _mm512_castsi512_ps(kFromEnd ? _mm512_alignr_epi32(none, x, by) : _mm512_alignr_epi32(x, none, 16 - by));
+  };
+  const __m512i last = _mm512_set1_epi32(kFromEnd ? 0 : 15);
+  __m512 before = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const int64_t at = kFromEnd ? n - 16 - i : i;
+    __m512 v = _mm512_loadu_ps(in + at);
+    v = _mm512_add_ps(v, moved(v, std::integral_constant<int, 1>()));
+    v = _mm512_add_ps(v, moved(v, std::integral_constant<int, 2>()));
+    v = _mm512_add_ps(v, moved(v, std::integral_constant<int, 4>()));
+    v = _mm512_add_ps(v, moved(v, std::integral_constant<int, 8>()));
+    _mm512_storeu_ps(out + at, _mm512_add_ps(v, before));
+    before = _mm512_add_ps(before, _mm512_permutexvar_ps(last, v));
+  }
+}
+template <> void running_sums<float, false>(int64_t n, const float* __restrict in, float* __restrict out) {
+  vector_sums<false>(n, in, out);
+}
+template <> void running_sums<float, true>(int64_t n, const float* __restrict in, float* __restrict out) {
+  vector_sums<true>(n, in, out);
+}
+#endif
 
 // One motion and one thread; n is a multiple of kSums.
 template <class R> class Solo {
@@ -217,8 +246,9 @@ template <class R> class Solo {
     R *c = f.c, *s = f.s, *px = f.px, *pz = f.pz, *fx = f.fx, *fz = f.fz, *turn = f.turn;
     const R unit = R(2 * double(p_.metres) * p_.metres / controlled_);
     for (int64_t t = 0; t < w_; ++t) fx[t] = fz[t] = turn[t] = f.loss[t] = 0;
-    std::fill_n(g + 3 * w_, n_ - 3 * w_, R(0));
+    std::fill_n(g + 3 * w_, w_, R(0));
     for (int64_t k = 0; k < p_.k; ++k) {
+      if (joint(k) <= 0) std::fill_n(g + (4 + 3 * k) * w_, 3 * w_, R(0));
       if (joint(k) < 0) continue;
       const int64_t at = joint(k) ? 4 + 3 * (joint(k) - 1) : 3;
       const Targets<R> to = {mask_ + k * w_, target_ + 3 * k * w_, unit};
