@@ -39,9 +39,9 @@ from engine.blocks.motion import HUMANML3D_STATISTICS
 from engine.io.checkpoint import Source
 from engine.io.writer import save
 from engine.models.motok.config import MoTokConfig
+from engine.models.motok.layout import open_source
 from engine.models.motok.model import MoTok, load_options
 from engine.models.motok.motion import Motion
-from engine.models.motok.weights import open_source
 from engine.ops.guide import JointTargets, guide, workspace_bytes
 from engine.runtime import device
 from engine.runtime.arena import Arena

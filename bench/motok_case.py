@@ -12,7 +12,7 @@ from bench.sources import RandomSource
 from engine.blocks.motion import HUMANML3D, HUMANML3D_STATISTICS, Constraints, Waypoints
 from engine.io.writer import save
 from engine.models.motok.config import MoTokConfig
-from engine.models.motok.weights import FILES, shapes
+from engine.models.motok.layout import FILES, shapes
 
 FRAMES, EVERY, JOINTS = 196, 4, ("pelvis", "l_wrist", "r_foot")
 PROMPT = "a person walks forward with energy, then waves"

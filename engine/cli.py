@@ -9,7 +9,11 @@ from typing import Annotated, Any
 import typer
 
 import engine
+from engine.blocks.language import LanguageModel
 from engine.errors import EngineError, InputError
+from engine.io.hub import resolve
+from engine.models import family_of
+from engine.runtime.model import Model
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Quintet: published models, each step one static plan."
@@ -25,13 +29,13 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Seed = Annotated[int, typer.Option()]
 
 
-def _model(verb: str, name: str, **options: Any) -> Any:
-    """A loaded model that can do `verb`; options that nobody gave are left to it."""
-    model = engine.load(name, **{k: v for k, v in options.items() if v is not None})
-    if not hasattr(model, verb):
-        kind = type(model)
-        raise InputError(f"{name} is a {kind.__name__} and has no {verb!r}; {(kind.__doc__ or '').splitlines()[0]}")
-    return model
+def _model(command: str, kind: type[Model], name: str, **options: Any) -> Any:
+    """A loaded model of the kind that a command is for; options that nobody gave are left to it."""
+    family = family_of(resolve(name))[1]
+    if not issubclass(family, kind):
+        about = (family.__doc__ or "").splitlines()[0]
+        raise InputError(f"`engine {command}` is not for {name}, a {family.__name__}. {about}")
+    return engine.load(name, **{k: v for k, v in options.items() if v is not None})
 
 
 def _say(text: str, kind: str = "answer") -> None:
@@ -78,7 +82,7 @@ def chat(
     max_new_tokens: Tokens = None, temperature: Temperature = 0.0, top_p: float = 1.0, seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Talk to a model. Ctrl-C stops an answer, an empty line or Ctrl-D ends."""
-    model = _model("chat", name, quant=quant, dtype=dtype, context=context)
+    model = _model("chat", LanguageModel, name, quant=quant, dtype=dtype, context=context)
     messages: list[dict] = []
     while True:
         try:
@@ -103,7 +107,7 @@ def generate(
     repetition_penalty: float = 1.0, seed: Seed = 0, stop: Annotated[list[str] | None, typer.Option()] = None,
 ) -> None:  # fmt: skip
     """Continue a text."""
-    model = _model("score", name, quant=quant, dtype=dtype, context=context)
+    model = _model("generate", LanguageModel, name, quant=quant, dtype=dtype, context=context)
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling["repetition_penalty"] = repetition_penalty
@@ -128,8 +132,9 @@ def motion(
 ) -> None:  # fmt: skip
     """A motion for a text, waypoints, or both, saved by the suffix of --out."""
     from engine.blocks.motion import Constraints
+    from engine.models.motok.model import MoTok
 
-    model = _model("reconstruct", name, quant=quant, dtype=dtype)
+    model = _model("motion", MoTok, name, quant=quant, dtype=dtype)
     points = None if constraints is None else Constraints.read(constraints, model.skeleton)
     guidance = None if solver is None else {"solver": solver}
     made = model.generate(text, frames=frames, constraints=points, planner=planner, seed=seed, cfg=cfg,
@@ -169,8 +174,6 @@ def plan(
 
     Ends with status 1 where it does not fit, after saying what to lower.
     """
-    from engine.io.hub import resolve
-    from engine.models import family_of
     from engine.runtime.fit import fit, lower
 
     config, cls = family_of(resolve(name))
@@ -198,14 +201,10 @@ def serve(
 ) -> None:  # fmt: skip
     """A robot policy over a websocket, in the protocol of openpi's client; Ctrl-C ends it."""
     from engine.blocks.policy import FlowPolicy
-    from engine.io.hub import resolve
-    from engine.models import family_of
     from engine.serve.server import PolicyServer, check_options
 
     check_options(host, port, token, stream)
-    if not issubclass(family_of(resolve(name))[1], FlowPolicy):
-        raise EngineError(f"{name} is no robot policy; serve takes pi0.5 and X-VLA checkpoints")
-    model = engine.load(name, quant=quant, dtype=dtype, strict=strict)
+    model = _model("serve", FlowPolicy, name, quant=quant, dtype=dtype, strict=strict)
     model.warmup()
     metadata = {"name": model.name, "horizon": model.horizon, "action_dim": model.options.dims,
                 "schedule": str(model.schedule)}  # fmt: skip
@@ -239,7 +238,7 @@ QUESTIONS = (
 @app.command()
 def demo(name: Name = "nemotron-tiny", quant: Quant = None) -> None:
     """A few real questions to the embedded model, streamed, with speeds and what ran."""
-    model = _model("chat", name, quant=quant, context=1024)
+    model = _model("demo", LanguageModel, name, quant=quant, context=1024)
     print(f"{model!r}\n")
     model.warmup()
     results, messages = [], []

@@ -29,7 +29,7 @@ from engine.io.checkpoint import Checkpoint, save
 from engine.io.files import parse_json, read_bytes
 from engine.io.text.clip import FILE, ClipTokenizer
 from engine.models.motok.config import MAX_CONFIG_BYTES, MoTokConfig
-from engine.models.motok.weights import FILES, checked, open_source
+from engine.models.motok.layout import FILES, checked, open_source
 
 PLACES = {"tokenizer": ("vq_model", "net"), "planner_ddm": ("t2m_transformer", "trans"), "planner_ar": ("trans", "net")}
 MAX_NPY = 1 << 20

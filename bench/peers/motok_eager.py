@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.motok_case import CASE, FRAMES, IDS, waypoints
 from engine.io.checkpoint import SafetensorsFile
 from engine.models.motok.config import MoTokConfig
-from engine.models.motok.planner_reference import KEPT, ClipTower, DDMPlanner, masked_counts
+from engine.models.motok.layout import open_source
+from engine.models.motok.planner_reference import KEPT, ClipTower, DDMPlanner
+from engine.models.motok.schedule import masked_counts
 from engine.models.motok.tokenizer_reference import Tokenizer, schedule
-from engine.models.motok.weights import open_source
 
 
 def attention(m: Any, x: Tensor, causal: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ from engine.models.motok.config import Guidance, MoTokConfig
 from engine.models.motok.guidance_reference import Targets, distances
 from engine.models.motok.model import MoTok
 from engine.models.motok.planner_reference import ClipTower, DDMPlanner, guided_logits, pick
+from engine.models.motok.planners import Conditions
 from engine.models.motok.reference import MoTokReference
 from engine.models.motok.tokenizer_reference import Tokenizer
 from engine.runtime import device
@@ -91,9 +92,9 @@ def test_golden_tokens_and_motion(golden: MoTok) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "quant", "limit"), [("bf16", None, 3e-2), ("bf16", "int8", 6e-2)])
+@pytest.mark.parametrize(("dtype", "quant", "limit"), [("bf16", None, 3e-2), ("bf16", "int8", 5e-2)])
 def test_golden_motion_in_other_formats(dtype: str, quant: str | None, limit: float) -> None:
-    """bf16 within the specification's 3e-2 rms (measured 7e-3), int8 within twice that."""
+    """bf16 within the specification's 3e-2 rms (measured 8.6e-3); int8, of which it says nothing: measured 2.5e-2."""
     reference = filled(Tokenizer(FULL))
     m = engine_of(FULL, source_of(FULL, tokenizer=reference), dtype, quant)
     tokens = m.encode(raw(m, normal("input.x", 1, 64, 263)[0]))
@@ -123,9 +124,7 @@ def test_golden_logits_and_text() -> None:
     ids = np.where(n % 3 == 0, 1024, (7 * n * n + 3) % 1024).astype(np.int32)
     plan.feature.write(uniform("input.clip", 1, 512).float().numpy())
     m.condition_plan("ddm").replay()
-    job = m._jobs("x", 64, None, "ddm", 1, 0, None, None, None, None)[0]
-    from engine.models.motok.planners import Conditions
-
+    job = m.requests.jobs("x", 64, None, "ddm", 1, 0, None, None, None, None)[0]
     plan.request(16, Conditions(True, False, np.zeros(1, bool), True), np.zeros((1, 16)), ids, job.cfg)
     m.ddm_plan(16, True).replay()
     logits = torch.from_numpy(plan.logits.read()).double()
@@ -258,7 +257,7 @@ def test_guided_motion(solver: str, kind: str) -> None:
 def test_a_bound_on_evaluations(model: MoTok) -> None:
     given = waypoints(model)
     tokens = np.zeros(16, np.int32)
-    for most in (1, 30, 100):
+    for most in (100, 30, 1):  # what the request before reported must be gone
         assert model.decode(tokens, constraints=given, guidance={"max_evals": most}).evaluations <= most
     assert Guidance(max_evals=5).calls(0) == 10  # the reference counts as it goes
 

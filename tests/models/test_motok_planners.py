@@ -19,11 +19,11 @@ from engine.models.motok.planner_reference import (
     DDMPlanner,
     best,
     guided_logits,
-    masked_counts,
     pick,
     sample_ar,
     sample_ddm,
 )
+from engine.models.motok.schedule import masked_counts
 from engine.models.motok.tokenizer_reference import (
     Quantizer,
 )

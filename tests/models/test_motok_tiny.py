@@ -107,10 +107,10 @@ def test_speed_and_direction_of_the_text(planner: str) -> None:
 
 
 def test_formats_agree() -> None:
-    """Given tokens, bf16 and int8 make the motion of fp32 within a centimetre or two."""
+    """Given tokens, bf16 and int8 make the motion of fp32 within millimetres (measured 0.5 and 5 mm)."""
     tokens = model().encode(prompts()[0].features)
     want = model(dtype="fp32").decode(tokens, seed=1).joints
-    for m, limit in ((model(), 0.02), (model("int8"), 0.08)):
+    for m, limit in ((model(), 0.003), (model("int8"), 0.02)):
         assert np.array_equal(m.encode(prompts()[0].features), tokens)
         assert np.linalg.norm(m.decode(tokens, seed=1).joints - want, axis=-1).mean() < limit
 
@@ -121,4 +121,6 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert (tmp_path / "wave.bvh").read_text().startswith("HIERARCHY")
     assert "a motion has 40 to 196" in str(CliRunner().invoke(app, [*run, "9"]).exception)
-    assert "has no 'chat'" in str(CliRunner().invoke(app, ["chat", "motok-tiny"]).exception)
+    assert "`engine chat` is not for motok-tiny, a MoTok" in str(
+        CliRunner().invoke(app, ["chat", "motok-tiny"]).exception
+    )

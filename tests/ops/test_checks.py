@@ -17,7 +17,7 @@ from engine.ops.codebook import codebook_conv, codebook_search
 from engine.ops.conv import conv_depthwise, conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather, gather_mean
-from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
+from engine.ops.gemm import Modulation, PackedMatrix, Taps, gemm, workspace_bytes
 from engine.ops.guide import JointTargets, guide, guide_joints
 from engine.ops.guide import workspace_bytes as guide_workspace
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
@@ -142,6 +142,10 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
         (gemm, {"act": "tanh"}, "act 'tanh' is not one of none, relu2"),
         (gemm, {"bias": new(1, 16).columns(0, 8)}, "bias is f32"),
         (gemm, {"norm": None}, "needs norm and a norm_group"),
+        (gemm, {"taps": Taps(2), "x": new(T + 1, D // 2)}, "taps and prologue 'gated' exclude each other"),
+        (gemm, {"taps": Taps(2, dilation=2)}, r"x is f32 \[3, 32\]; it must be f32 \[5, 16\]"),
+        (gemm, {"taps": Taps(5)}, "do not divide K"),
+        (gemm, {"taps": Taps(0)}, "do not divide K"),
         (gemm, {"w": dataclasses.replace(CALLS[gemm]["w"], format="i2")}, "the format of w 'i2' is not one of"),
         (gather, {"table": new(9, 2 * D).columns(0, D)}, "table is a column range"),
         (ssm, {"shape": SsmShape(4, 8, 3, 5, 3)}, "multiple of groups"),

@@ -89,7 +89,7 @@ def test_committed_actions_are_in_the_chunk(models) -> None:
     [
         (["--host", "0.0.0.0"], "reachable from outside"),
         (["--stream", "maybe"], "stream='maybe'"),
-        (["nemotron-tiny"], "no robot policy"),
+        (["nemotron-tiny"], "is not for nemotron-tiny, a Nemotron"),
     ],
 )
 def test_the_command_refuses_before_it_loads(monkeypatch, capsys, arguments, message) -> None:

@@ -6,14 +6,12 @@ in it depends on what the host knows only later.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from engine.models.motok.config import Diffusion, Guidance, MoTokConfig
+from engine.models.motok.config import Guidance, MoTokConfig
 from engine.models.motok.convs import ConvBuffers, Stream
+from engine.models.motok.schedule import updates
 from engine.models.motok.weights import DenoiserWeights
 from engine.ops.gemm import Modulation, Taps, gemm
 from engine.ops.guide import JointTargets, guide
@@ -25,39 +23,6 @@ EPS = 1e-6
 NODES_PER_BLOCK = 4
 NODES_PER_STEP = 5  # beside the blocks: condition, modulations, first product, head, update
 SOLVERS = {"lbfgs": "lbfgs", "lbfgs_last": "lbfgs", "gd": "descent", "project": "project"}
-
-
-@dataclass(frozen=True)
-class Update:
-    """x' = clean * x0 + x * state + sigma * noise, of one sampled step."""
-
-    clean: float
-    state: float
-    sigma: float
-
-
-def updates(d: Diffusion) -> list[Update]:
-    """Of every sampled step; index 0 is the clean end (DDIM, Song et al. 2021, eq. 12 with eta 0; DDPM, Ho et al.
-    2020, eq. 7)."""
-    if d.beta_schedule == "linear":
-        kept = np.cumprod(1 - np.linspace(1e-4, 0.02, d.steps))
-    else:
-        bar = np.cos((np.arange(d.steps + 1) / d.steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        kept = np.cumprod(1 - np.minimum(1 - bar[1:] / bar[:-1], 0.999))
-    out, after = [], 1.0
-    for k, t in enumerate(d.timesteps):
-        bar_t = float(kept[t])
-        beta = 1 - bar_t / after
-        if d.sampler == "ddim":
-            state = math.sqrt((1 - after) / (1 - bar_t))
-            out.append(Update(math.sqrt(after) - state * math.sqrt(bar_t), state, 0.0))
-        else:
-            variance = beta if d.variance == "fixed_large" else beta * (1 - after) / (1 - bar_t)
-            clean = beta * math.sqrt(after) / (1 - bar_t)
-            state = (1 - after) * math.sqrt(1 - beta) / (1 - bar_t)
-            out.append(Update(clean, state, math.sqrt(variance) if k else 0.0))
-        after = bar_t
-    return out
 
 
 def solver_steps(g: Guidance, sampled: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.models.motok.config import DDM, ClipText, MoTokConfig
+from engine.models.motok.schedule import masked_counts
 from engine.models.motok.tokenizer_reference import Encoder, wide
 
 HEAD_EPS = 1e-12
@@ -270,15 +271,6 @@ def guided_logits(
     else:
         uncond = predict(torch.where(drop_traj[:, None], text, none), torch.where(drop_traj[:, None, None], 0.0, traj))
     return uncond + w * (cond - uncond)
-
-
-def masked_counts(length: int, steps: int) -> list[int]:
-    """How many of `length` tokens each of the planner's steps samples, by a quarter of a cosine.
-
-    Halves go down, as the fp32 arithmetic of the original has it for ten steps.
-    """
-    share = [math.cos(i / max(steps - 1, 1) * math.pi / 2) for i in range(steps)]
-    return [min(length, max(1, round(s * length - 1e-9))) for s in share]
 
 
 def coin_table(c: MoTokConfig, coins: Tensor | None, batch: int, steps: int) -> Tensor:

@@ -6,7 +6,6 @@ the text and for none; which rows each pass takes is known before the first, so 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from engine.blocks.transformer import TowerBuffers, post_norm_layer, tower_layer
 from engine.models.motok.config import MoTokConfig
 from engine.models.motok.convs import ConvBuffers, Stream
+from engine.models.motok.schedule import masked_counts
 from engine.models.motok.weights import PlannerWeights
 from engine.ops import attention as attention_op
 from engine.ops.attention import KVCache
@@ -41,12 +41,6 @@ class Conditions:
     def drops(self) -> bool:
         """The second pass drops one of two conditions."""
         return self.text and self.trajectory
-
-
-def masked_counts(length: int, steps: int) -> list[int]:
-    """How many of `length` tokens each pass draws, by a quarter of a cosine; halves go down, as in fp32."""
-    share = [math.cos(i / max(steps - 1, 1) * math.pi / 2) for i in range(steps)]
-    return [min(length, max(1, round(s * length - 1e-9))) for s in share]
 
 
 def padded_ctx(positions: int) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.models.motok.config import Denoiser, Diffusion, MoTokConfig
+from engine.models.motok.schedule import alpha_bars
 
 DENOISER_EPS = 1e-6
 
@@ -212,20 +212,10 @@ class Schedule:
     posterior: Tensor
 
 
-def alpha_bars(d: Diffusion) -> Tensor:
-    """Signal variance [steps] fp64 after every training step."""
-    if d.beta_schedule == "linear":
-        beta = np.linspace(1e-4, 0.02, d.steps, dtype=np.float64)
-    else:
-        bar = np.cos((np.arange(d.steps + 1) / d.steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        beta = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    return torch.from_numpy(np.cumprod(1 - beta))
-
-
 def schedule(d: Diffusion) -> Schedule:
     """The constants for the timesteps of `d`."""
     steps = torch.tensor(d.timesteps)
-    bar = alpha_bars(d)[steps]
+    bar = torch.from_numpy(alpha_bars(d))[steps]
     after = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
     beta = 1 - bar / after
     b = ((1 - after) / (1 - bar)).sqrt()

@@ -35,7 +35,7 @@ from engine.io.text.clip import FILE, ClipTokenizer
 from engine.models.motok.config import MoTokConfig
 from engine.models.motok.planner_reference import hint
 from engine.models.motok.reference import MoTokReference
-from engine.models.motok.tokenizer_reference import alpha_bars
+from engine.models.motok.schedule import alpha_bars
 
 ROOT = Path(__file__).resolve().parents[3]
 SEED, CLIPS = 0, 8000
@@ -165,7 +165,7 @@ class MovingCodebook:
 def train_tokenizer(model: MoTokReference, data: Data, steps: int, batch: int = 40) -> None:
     """Smooth-L1 on the clean motion from any noise, and commitment to the codes (eq. 2 to 6)."""
     t, generator = model.tokenizer, torch.Generator().manual_seed(SEED + 1)
-    bars = alpha_bars(model.config.diffusion).float()
+    bars = torch.from_numpy(alpha_bars(model.config.diffusion)).float()
     book = MovingCodebook(t.quantizer.codebook, generator)
     # Errors of the root's turn and way add up over frames; those of a joint do not.
     weight = torch.ones(model.config.features)
