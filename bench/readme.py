@@ -129,14 +129,15 @@ def figure_table() -> str:
                     rows.append(_row(f"{label}, first action, {r['what']}", quant or "bf16", f"{r['first_ms']:.0f} ms",
                                      "-", "as above", versus, data["file"]))  # fmt: skip
     data = newest("motok")
-    near = {r["kind"]: r["rms_to_fp32"] for r in data["rows"] if r["what"] == "load"}
+    golden = next(r["error"] for r in data["rows"] if r["what"] == "golden")
+    near = {r["kind"]: f"motion within {r['rms_to_fp32']:.0e} of fp32" for r in data["rows"] if r["what"] == "load"}
+    near["fp32"] = f"golden motion within {golden:.0e}"
     for r in data["rows"]:
         if r["what"] == "request":
             versus = f"eager torch ×{r['ratio']:.2f}, fp32 ×{r['ratio_fp32']:.2f}"
             figure = f"{r['seconds']:.2f} s, guidance {r['guidance_share']:.1%} of it"
             what = "MoTok, full size, random weights, text and 3 joints to 196 frames"
-            rows.append(_row(what, r["kind"], figure, "-",
-                             f"motion within {near[r['kind']]:.0e} of fp32", versus, data["file"]))  # fmt: skip
+            rows.append(_row(what, r["kind"], figure, "-", near[r["kind"]], versus, data["file"]))
         elif r["what"] == "loop":
             roof = f"{r['gflop_s'] / r['matmul_gflop_s']:.0%} of torch.matmul's best"
             rows.append(_row("the same, 27 denoising steps alone", r["kind"], f"{r['seconds']:.2f} s", roof, "as above",
