@@ -94,16 +94,19 @@ def append(
 def attend(
     q, k_cache, v_cache, out, ldq, ldo, scale, pad_k, pad_v, pads, pos, live, m, offsets, order, rope,
     CTX: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr, K_PANEL: tl.constexpr, V_PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    FORMAT: tl.constexpr, CAUSAL: tl.constexpr, APPENDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out of the tokens at positions pos.. over the cache. Grid (ceil(T*SHARE/BM), kv_heads, batch); panels in words.
+
+    APPENDED 0: the tokens have no positions, and see all pos of the cache.
 
     BK < BD: q and K pass in slices of the head (fp32 products, wide heads) instead of staying in registers.
     """
     b = tl.program_id(2)
     first, count, start = sequence(pos, offsets, live, m, b)
     r0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    if (start < 0) | (start + count > CTX) | (r0 >= count * SHARE):
+    if (start < 0) | (start + count * APPENDED > CTX) | (r0 >= count * SHARE):
         return
     h = tl.program_id(1)
     PER: tl.constexpr = 1 if FORMAT == F32 else 2
@@ -144,7 +147,7 @@ def attend(
         total += often
         # In the order of `columns`, as the accumulator is.
         acc += (often * tl.load(pad_v + h * D + columns(0, BD), mask=columns(0, BD) < D, other=0.0))[None, :]
-    length = start + count
+    length = start + count * APPENDED
     end = length
     if CAUSAL:
         end = start + tl.minimum((r0 + BM - 1) // SHARE, count - 1) + 1

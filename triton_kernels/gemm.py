@@ -73,23 +73,33 @@ def group_norms(x, z, rstd, rows, m, ldx, ldz, eps, NORM_GROUP: tl.constexpr, BL
 
 
 @triton.jit
+def row_begin(row, ldx, ldline, WIDTH: tl.constexpr):
+    """Where rows begin: ldx apart, or as cells of a grid, WIDTH in a line."""
+    if WIDTH > 0:
+        at = row // WIDTH * ldline + row % WIDTH * ldx
+    else:
+        at = row * ldx
+    return at
+
+
+@triton.jit
 def rows(
-    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps, norm_bias, mod, mod_rows, ldmod, ldtap,
+    x, z, norm, rstd, out, scales, live, m, ldx, ldz, eps, norm_bias, mod, mod_rows, ldmod, ldtap, ldline,
     K: tl.constexpr, LDA: tl.constexpr, PER: tl.constexpr, NORM: tl.constexpr, NORM_GROUP: tl.constexpr,
     PRO_ACT: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, TAP: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, TAP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out [M, LDA] in FORMAT (scales [K/GROUP, M] when quantised) from x [M, K]. Grid (M); PER rows per live one.
 
     NORM 0: as it is; 1: RMS norm; 2: x * silu(z), times rstd of its norm group; 3: layer norm; 4: act(x) * z. 1 and 3
     are followed by norm and norm_bias, then by scale and shift at columns SCALE and SHIFT (-1: none) of row
-    mod_rows[m] of mod. TAP: a row is K / TAP pieces of x, ldtap apart (0: one piece). K padding of LDA is written as
-    zero.
+    mod_rows[m] of mod. TAP: a row is K / TAP pieces of x, ldtap apart (0: one piece). WIDTH: rows are cells of a grid.
+    K padding of LDA is written as zero.
     """
     row = tl.program_id(0)
     if row >= live_rows(live, m // PER) * PER:
         return
-    x += row.to(tl.int64) * ldx
+    x += row_begin(row.to(tl.int64), ldx, ldline, WIDTH)
     factor = 1.0
     mean = 0.0
     if NORM == 3:
@@ -112,9 +122,9 @@ def rows(
     for k0 in range(0, K, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         if TAP > 0:
-            v = tl.load(x + (k // TAP).to(tl.int64) * ldtap + k % TAP, mask=k < K, other=0.0)
+            v = tl.load(x + (k // TAP).to(tl.int64) * ldtap + k % TAP, mask=k < K, other=0.0).to(tl.float32)
         else:
-            v = tl.load(x + k, mask=k < K, other=0.0)
+            v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if NORM == 2:
             v *= silu(tl.load(z + row.to(tl.int64) * ldz + k, mask=k < K, other=0.0))
             v *= tl.load(rstd + row * (K // NORM_GROUP) + k // NORM_GROUP, mask=k < K, other=0.0)
@@ -201,11 +211,13 @@ def operand(word, FORMAT: tl.constexpr, KV: tl.constexpr, BN: tl.constexpr):
 def product(
     a, row, valid, scales, scale_rows, w, n0,
     N: tl.constexpr, K: tl.constexpr, LDA: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-    PANEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PANEL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ldtap=0, ldline=0,
+    TAP: tl.constexpr = 0, WIDTH: tl.constexpr = 0,
 ):  # fmt: skip
     """[BM, BN] f32 sums of activation rows `row` [BM] (where `valid`) with weight rows n0..n0 + BN.
 
-    w: int32 words of one matrix, PANEL words a panel; scales: of row r and group g at g * scale_rows + r.
+    w: int32 words of one matrix, PANEL words a panel; scales: of row r and group g at g * scale_rows + r. TAP and
+    WIDTH, as `rows` has them, of f32 and bf16 rows that nothing has laid out.
     """
     n = n0 + tl.arange(0, BN // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     there = (n < (N + 15) // 16 * 16)[None, :, :]  # whole panels: rows beyond N are zero
@@ -221,10 +233,15 @@ def product(
             base = a.to(tl.pointer_type(tl.bfloat16))
         k = tl.arange(0, BK)
         kv = tl.arange(0, KV)
-        a_at = row[:, None] * LDA + k[None, :]
+        begin = row_begin(row, LDA, ldline, WIDTH)
+        a_at = begin[:, None] + k[None, :]
         w_at = (n // 16 * PANEL + n % 16)[None, :, :] + kv[:, None, None] * 16
         for k0 in range(0, K, BK):
-            if K % BK == 0:
+            if TAP > 0:
+                c = k0 + k
+                at_piece = begin[:, None] + (c // TAP * ldtap + c % TAP)[None, :]
+                av = tl.load(base + at_piece, mask=valid[:, None] & (c < K)[None, :], other=0.0)
+            elif K % BK == 0:
                 av = tl.load(base + k0 + a_at, mask=valid[:, None], other=0.0)
             else:
                 av = tl.load(base + k0 + a_at, mask=valid[:, None] & (k0 + k < K)[None, :], other=0.0)
@@ -266,12 +283,13 @@ def product(
 
 @triton.jit
 def matmul(
-    a, scales, w, out, residual, bias, live, m, ldo, ldr, scale, mod, mod_rows, ldmod,
+    a, scales, w, out, residual, bias, live, m, ldo, ldr, scale, ldtap, ldline, mod, mod_rows, ldmod,
     N: tl.constexpr, K: tl.constexpr, LDA: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
-    GROUP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TAP: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = act(a @ W.T + bias) * scale * gate + residual; a as `rows` leaves it; gate at column GATE of row
-    mod_rows[m] of mod. Grid (ceil(M/BM), ceil(N/BN)).
+    """out = act(a @ W.T + bias) * scale * gate + residual; a as `rows` leaves it, or x itself where it needs no
+    rounding; gate at column GATE of row mod_rows[m] of mod. Grid (ceil(M/BM), ceil(N/BN)).
     """
     count = live_rows(live, m)
     m0 = tl.program_id(0) * BM
@@ -281,7 +299,8 @@ def matmul(
     row = m0 + tl.arange(0, BM)
     valid = row < count
     words = w.to(tl.pointer_type(tl.int32))
-    v = product(a, row, valid, scales, m, words, n0, N, K, LDA, FORMAT, GROUP, PANEL, BM, BN, BK)
+    v = product(a, row, valid, scales, m, words, n0, N, K, LDA, FORMAT, GROUP, PANEL, BM, BN, BK, ldtap, ldline, TAP,
+                WIDTH)  # fmt: skip
     n = n0 + tl.arange(0, BN)
     if bias is not None:
         v += tl.load(bias + n, mask=n < N, other=0.0)[None, :]

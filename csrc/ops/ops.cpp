@@ -5,6 +5,7 @@
 #include "ops/codebook/codebook.h"
 #include "ops/conv/conv.h"
 #include "ops/flow/flow.h"
+#include "ops/fuse/fuse.h"
 #include "ops/gather/gather.h"
 #include "ops/gemm/gemm.h"
 #include "ops/guide/guide.h"
@@ -25,8 +26,11 @@
   X(conv_patches, ConvPatchesParams, with_cuda) \
   X(flow_begin, FlowBeginParams, with_cuda) \
   X(flow_end, FlowEndParams, with_cuda) \
+  X(gate_heads, GateHeadsParams, with_cuda) \
+  X(gated_fuse, GatedFuseParams, with_cuda) \
   X(gather, GatherParams, with_cuda) \
   X(gather_mean, GatherMeanParams, with_cuda) \
+  X(gather_sum, GatherSumParams, with_cuda) \
   X(gemm, GemmParams, with_cuda) \
   X(gemm_pack, GemmPackParams, cpu_only) \
   X(gemm_peak, GemmPeakParams, cpu_only) \

@@ -96,8 +96,8 @@ def workspace_bytes(m: int, heads: int, d: int, ctx: int) -> int:
 
 def attention(
     q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cache: KVCache,
     pos: Tensor,
     out: Tensor | None,
@@ -120,7 +120,8 @@ def attention(
     pos + rows beyond ctx writes nothing: the caller bounds the context.
     A cache of `batch` sequences takes T / batch rows of each, one sequence after the other; or, with offsets (i32
     [batch+1]), rows offsets[b]..offsets[b+1], at most `longest`. order (i32 [T]): row r lies at order[r] of q, k,
-    v and out. Without q and out, k and v are only appended. causal=False: every row sees all of its sequence. rope f32
+    v and out. Without q and out, k and v are only appended; without k and v, every row of q sees the pos positions (one
+    at least) that the cache holds (causal=False, no rope). causal=False: every row sees all of its sequence. rope f32
     [ctx, d] (rope_table) turns q and k by their positions.
     """
     check, d = Check("attention", label), cache.d
@@ -128,12 +129,19 @@ def attention(
     check.need(d <= MAX_D, f"heads are {d} wide; the limit is {MAX_D}")
     if heads < 1 or heads % cache.kv_heads:
         check.fail(f"{heads} heads are not a multiple of {cache.kv_heads} kv heads")
-    check.takes("k", k, (None, cache.kv_heads * d), strided=True)
-    t = k.shape[0]
     check.need((q is None) == (out is None), "q and out belong together; without both, k and v are only appended")
+    check.need((k is None) == (v is None), "k and v belong together; without both, q reads the cache as it is")
+    if k is not None and v is not None:
+        check.takes("k", k, (None, cache.kv_heads * d), strided=True)
+        check.takes("v", v, (k.shape[0], cache.kv_heads * d), strided=True)
+        check.need(k.ld == v.ld, f"rows of k lie {k.ld} apart and rows of v {v.ld}; they must be the same")
+        t = k.shape[0]
+    else:
+        check.may_take("q", q, (None, heads * d), strided=True)
+        check.need(q is not None, "neither q nor k is given")
+        check.need(not causal and rope is None, "without k and v, rows have no positions: causal=False and no rope")
+        t = q.shape[0] if q is not None else 0
     check.may_take("q", q, (t, heads * d), strided=True)
-    check.takes("v", v, (t, cache.kv_heads * d), strided=True)
-    check.need(k.ld == v.ld, f"rows of k lie {k.ld} apart and rows of v {v.ld}; they must be the same")
     batch = cache.batch
     check.takes("pos", pos, (batch,), "i32")
     check.may_take("out", out, (t, heads * d), strided=True)
@@ -165,14 +173,14 @@ def attention(
         common = {"CTX": cache.ctx, "D": d, "FORMAT": FORMATS[cache.format]}
         where = {"pos": pos, "live": rows, "m": m, "offsets": offsets, "order": order, "rope": rope}
         bd = max(16, power_of_two(d))
-        write = Program(
+        write = [] if k is None else [Program(
             "attention.append",
             (-(-m // 16), cache.kv_heads, batch),
             {"k": k, "v": v, "k_cache": cache.k, "v_cache": cache.v, "ldkv": k.ld, **where},
             {**common, "K_PANEL": k_panel // size, "V_PANEL": v_panel // size, "BT": 16, "BD": bd},
-        )
+        )]  # fmt: skip
         if q is None or out is None:
-            return [write]
+            return write
         if cache.format == "f32":  # products in fp32 hold their whole depth in registers: short slices
             wide = bd >= 64  # 64 in registers spill on sm_80
             blocks, warps, stages = {"BM": 16 if wide else 32, "BN": 32 if wide else 64, "BK": min(32, bd)}, 4, 1
@@ -188,14 +196,14 @@ def attention(
              "scale": float(factor), "pad_k": pads.k if pads else None, "pad_v": pads.v if pads else None,
              "pads": pads.count if pads else None, **where},
             {**common, "SHARE": share, "K_PANEL": k_panel // 4, "V_PANEL": v_panel // 4, "CAUSAL": int(causal),
-             "BD": bd, **blocks},
+             "APPENDED": int(k is not None), "BD": bd, **blocks},
             warps,
             stages,
         )  # fmt: skip
-        return [write, read]
+        return [*write, read]
 
     call("attention", label, nbytes=0, programs=programs if many_rows(t) or not plain else None, q=q, k=k,
-         v=v, ldq=q.ld if q else 0, ldkv=k.ld,
+         v=v, ldq=q.ld if q else 0, ldkv=k.ld if k else 0,
          k_cache=cache.k, v_cache=cache.v, format=FORMATS[cache.format], ctx=cache.ctx,
          pos=pos, out=out, ldo=out.ld if out else 0, ws=ws, rows=rows, m=m,
          heads=heads, kv_heads=cache.kv_heads, d=d, scale=factor, causal=int(causal), rope=rope, batch=batch,
@@ -241,7 +249,8 @@ def _reference(c: Case, a: Arrays) -> Arrays:
     return {"out": o.transpose(0, 1).reshape(c.t, -1).numpy()}
 
 
-# Several sequences. lens, pasts: new and cached rows of each, as text ("3+5"); full, rope, pads, order: switches;
+# Several sequences. lens, pasts: new and cached rows of each, as text ("3+5"); full, rope, pads, order: switches; held:
+# new rows have no keys and see the cached ones;
 # even: rows without offsets.
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split("+")]
@@ -285,9 +294,10 @@ def _many_reference(c: Case, a: Arrays) -> Arrays:
     for i, (n, past) in enumerate(zip(_numbers(c.lens), _numbers(c.pasts))):
         rows, share = order[at : at + n], c.h // c.kv
         q = rounded(turned(t["q"][rows].reshape(n, c.h, c.d), past))
-        k = torch.cat([t["past_k"][before : before + past], t["k"][rows]]).reshape(-1, c.kv, c.d)
+        own = rows[:0] if c.dims.get("held") else rows  # whose keys and values are seen
+        k = torch.cat([t["past_k"][before : before + past], t["k"][own]]).reshape(-1, c.kv, c.d)
         k = rounded(turned(k, 0)).repeat_interleave(share, 1)
-        v = torch.cat([t["past_v"][before : before + past], t["v"][rows]]).reshape(-1, c.kv, c.d)
+        v = torch.cat([t["past_v"][before : before + past], t["v"][own]]).reshape(-1, c.kv, c.d)
         v = rounded(v).repeat_interleave(share, 1)
         s = torch.einsum("qhd,khd->hqk", q, k) * c.d**-0.5
         if not c.dims.get("full"):
@@ -329,7 +339,8 @@ def _many_call(c: Case, a: Arrays, out: np.ndarray):
 
     def run() -> None:
         pos.numpy()[:] = pasts
-        attention(t["q"], t["k"], t["v"], cache, pos, dst, order=t.get("order"), pads=pads, **common, **rest)
+        k, v = (None, None) if c.dims.get("held") else (t["k"], t["v"])
+        attention(t["q"], k, v, cache, pos, dst, order=t.get("order"), pads=pads, **common, **rest)
 
     return run
 
@@ -429,6 +440,8 @@ register(
                         ("37", "0", 8, 1, 16, {"full": 1, "rope": 1}),
                         ("36+24+16", "0+0+0", 2, 2, 16, {"full": 1, "order": 1, "pads": 1}),
                         ("3+18", "16+1", 4, 2, 20, {"rope": 1}),
+                        ("20+20", "13+7", 4, 2, 16, {"full": 1, "even": 1, "held": 1}),
+                        ("3+18", "16+1", 4, 2, 20, {"full": 1, "held": 1, "pads": 1}),
                     )
                 ),
             ),
@@ -440,6 +453,8 @@ register(
                     for n, p, h, kv, d, switches in (
                         ("1+0+130", "3+2+5", 3, 3, 9, {"full": 1, "order": 1}),
                         ("1", "300", 2, 1, 6, {"full": 1, "rope": 1}),
+                        ("1", "300", 2, 1, 6, {"full": 1, "held": 1}),
+                        ("2+0+9", "300+1+5", 3, 3, 9, {"full": 1, "held": 1}),
                         ("2+7", "0+0", 2, 2, 13, {"full": 1, "pads": 1}),
                     )
                 ),

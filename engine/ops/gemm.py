@@ -21,6 +21,7 @@ ACTS = {"none": 0, "relu2": 1, "silu": 2, "gelu_tanh": 3, "gelu": 4, "relu": 5, 
 PROLOGUES = {"none": 0, "rms": 1, "gated": 2, "layer": 3, "glu": 4}
 SRC = {"f32": 0, "bf16": 1, "f16": 2}
 MAX_K = 65536  # rows are packed in per-thread scratch
+STRIP_BYTES = 16 << 20  # packed activations that a CPU keeps at once (kGemmStripBytes)
 
 
 def group_for(k: int) -> int | None:
@@ -192,14 +193,65 @@ class Taps:
         """Rows of x that m rows of the product read."""
         return (m - 1) * self.stride + (self.count - 1) * self.dilation + 1
 
+    def walk(self, ld: int, channels: int) -> Walk:
+        piece, step = channels, self.dilation * ld
+        if step == piece:  # the pieces lie side by side: rows that overlap
+            piece = step = 0
+        return Walk(self.stride * ld, piece, step)
 
-def workspace_bytes(m: int, k: int) -> int:
-    """Bytes of ws for any format and ISA: packed activations of m rows.
 
+@dataclass(frozen=True)
+class Window:
+    """A convolution over a channels-last grid: row m of the product reads size x size cells of x [R, C], whose rows are
+    the cells of a grid of lines of `line` cells; the first is cell (m // width * stride, m % width * stride). The
+    weights are [N, size * size * C], (ky, kx, c). Padding is cells of zeros in x."""
+
+    size: int
+    width: int
+    line: int
+    stride: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.size * self.size
+
+    @property
+    def dilation(self) -> int:
+        return 1
+
+    def rows(self, m: int) -> int:
+        """Rows of x that m rows of the product read."""
+        last = (m - 1) // self.width * self.stride * self.line + (min(m, self.width) - 1) * self.stride
+        return last + (self.size - 1) * (self.line + 1) + 1
+
+    def walk(self, ld: int, channels: int) -> Walk:
+        del channels  # cells of a line lie side by side
+        return Walk(self.stride * ld, self.size * ld, self.line * ld, self.width, self.stride * self.line * ld)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where the values of rows lie, in elements: see csrc/ops/gemm/gemm.h."""
+
+    ldx: int
+    tap: int = 0
+    ldtap: int = 0
+    width: int = 0
+    ldline: int = 0
+
+
+def workspace_bytes(m: int, k: int, *, direct: bool = False) -> int:
+    """Bytes of ws for any format and ISA: packed activations of m rows; on a CPU of as many as a strip holds.
+
+    direct: x and the weights are both bf16: nothing is rounded, and on a GPU the product reads x where it lies.
     All tiles are spaced like the largest one, and tiles of up to 14 rows differ in size by one: the last one ends at
     most 12 rows later than m rows would (m = 183 on AVX-512: one tile of 14 rows, then 13 of 13, 14 apart).
     """
-    return (m + 12) * (4 * k + 8 * (k // 32 + 1) + 64) + 64
+    row = 4 * k + 8 * (k // 32 + 1) + 64
+    whole = (m + 12) * row + 64
+    if device.target() == "cpu":
+        return min(whole, STRIP_BYTES + 14 * row + 64)
+    return 0 if direct else whole
 
 
 # ------------------------------------------------------------------------------------------------- Triton programs
@@ -230,6 +282,13 @@ class Activations:
             raise InputError(f"{m} rows of {k} values exceed the 2^31 that programs address; use a smaller chunk")
         scales = part(ws, at + size, "f32", groups, m) if groups else None
         return Activations(part(ws, at, "u8", size), scales, m, k, format, group, ld, size + _ceil(4 * groups * m, 64))
+
+
+def addressed(x: Tensor) -> Tensor:
+    """x, whose values a program reaches with 32-bit offsets."""
+    if x.shape[0] * x.ld >= 1 << 31:
+        raise InputError(f"{x.shape[0]} rows {x.ld} values apart exceed the 2^31 that programs address")
+    return x
 
 
 def inferred(norm: Tensor | None, gate: Tensor | None) -> str:
@@ -268,12 +327,11 @@ def row_programs(
     norm_bias: Tensor | None = None,
     modulation: Modulation | None = None,
     pro_act: str = "none",
-    ldx: int | None = None,
-    tap: int = 0,
-    ldtap: int = 0,
+    walk: Walk | None = None,
 ) -> list[Program]:
     """Norm and rounding of activations. rstd [m, k/norm_group]: scratch of the gated norm; per: rows per live row."""
     out = []
+    walk = walk or Walk(x.ld)
     m, k = to.m, to.k
     prologue = prologue or inferred(norm, gate)
     mod = modulation if modulation is not None and modulation.norms else None
@@ -296,14 +354,15 @@ def row_programs(
                 "scales": to.scales,
                 "live": rows,
                 "m": m,
-                "ldx": x.ld if ldx is None else ldx,
+                "ldx": walk.ldx,
                 "ldz": gate.ld if gate else 0,
                 "eps": eps,
                 "norm_bias": norm_bias,
                 "mod": mod.table if mod else None,
                 "mod_rows": mod.rows if mod else None,
                 "ldmod": mod.table.ld if mod else 0,
-                "ldtap": ldtap,
+                "ldtap": walk.ldtap,
+                "ldline": walk.ldline,
             },
             {
                 "K": k,
@@ -317,7 +376,8 @@ def row_programs(
                 "FORMAT": FORMATS[to.format],
                 "GROUP": to.group,
                 "BLOCK": block,
-                "TAP": tap,
+                "TAP": walk.tap,
+                "WIDTH": walk.width,
             },
             warps=max(1, min(8, block // 256)),
             fusion=False,  # codes are rounded products: x * (127 / amax), then half to even
@@ -355,18 +415,22 @@ def matmul_program(
     scale: float = 1.0,
     residual: Tensor | None = None,
     modulation: Modulation | None = None,
+    walk: Walk | None = None,
 ) -> Program:
+    """walk: where the rows of `a` lie, when nothing has laid them out."""
     blocks, warps, stages = tile(a.m, w.n, w.format)
+    at = walk or Walk(a.ld)
     w.addressable()
     mod = modulation if modulation is not None and modulation.gate is not None else None
     return Program(
         "gemm.matmul",
         (-(-a.m // blocks["BM"]), -(-w.n // blocks["BN"]), 1),
         {"a": a.codes, "scales": a.scales, "w": w.data, "out": out, "residual": residual, "bias": bias, "live": rows,
-         "m": a.m, "ldo": out.ld, "ldr": residual.ld if residual else 0, "scale": float(scale),
-         "mod": mod.table if mod else None, "mod_rows": mod.rows if mod else None, "ldmod": mod.table.ld if mod else 0},
+         "m": a.m, "ldo": out.ld, "ldr": residual.ld if residual else 0, "scale": float(scale), "ldtap": at.ldtap,
+         "ldline": at.ldline, "mod": mod.table if mod else None, "mod_rows": mod.rows if mod else None,
+         "ldmod": mod.table.ld if mod else 0},
         {"N": w.n, "K": w.k, "LDA": a.ld, "PANEL": w.panel_bytes // 4, "FORMAT": FORMATS[w.format], "GROUP": w.group,
-         "ACT": ACTS[act], "GATE": _column(mod.gate if mod else None), **blocks},
+         "ACT": ACTS[act], "GATE": _column(mod.gate if mod else None), "TAP": at.tap, "WIDTH": at.width, **blocks},
         warps,
         stages,
     )  # fmt: skip
@@ -392,11 +456,11 @@ def gemm(
     norm_bias: Tensor | None = None,
     pro_act: str = "none",
     modulation: Modulation | None = None,
-    taps: Taps | None = None,
+    taps: Taps | Window | None = None,
 ) -> None:
     """out[m,:] = act(p(x)[m,:] @ w.T + bias) * scale * modulation.gate[m,:] + residual[m,:].
 
-    x [M,K] f32; out [M,N] f32 or bf16; bias [N], norm [K] f32. p, by `prologue`:
+    x [M,K] f32, or bf16 without a prologue; out [M,N] f32 or bf16; bias [N], norm [K] f32. p, by `prologue`:
         None     the identity; 'rms' where norm is given; 'gated' where gate is given too
         'rms'    RMS norm over K, * norm (if given), + norm_bias (if given), then the scale and shift of modulation
         'layer'  the same behind a layer norm (biased variance)
@@ -407,18 +471,20 @@ def gemm(
     """
     check, k = Check("gemm", label), w.k
     if taps is None:
-        check.takes("x", x, (None, k), strided=True)
-        m, ldx, tap, ldtap = x.shape[0], x.ld, 0, 0
+        check.takes("x", x, (None, k), "f32|bf16", strided=True)
+        m, walk = x.shape[0], Walk(x.ld)
     else:
         check.takes("out", out, (None, w.n), "f32|bf16", strided=True)
         m = out.shape[0]
         check.need(
             min(taps.count, taps.dilation, taps.stride) >= 1 and k % taps.count == 0, f"{taps} do not divide K = {k}"
         )
-        check.takes("x", x, (taps.rows(m), k // taps.count), strided=True)
-        ldx, tap, ldtap = taps.stride * x.ld, k // taps.count, taps.dilation * x.ld
-        if ldtap == tap:  # the pieces lie side by side: rows that overlap
-            tap = ldtap = 0
+        if isinstance(taps, Window):
+            check.need(taps.width >= 1 and taps.size <= taps.line, f"{taps} has no line of cells")
+            check.need((taps.width - 1) * taps.stride + taps.size <= taps.line, f"{taps} leaves its lines")
+        check.takes("x", x, (taps.rows(m), k // taps.count), "f32|bf16", strided=isinstance(taps, Taps))
+        walk = taps.walk(x.ld, k // taps.count)
+    half = x.dtype == "bf16"
     w.fits(check, "w", w.n, k, w.count)
     check.takes("out", out, (m, w.n), "f32|bf16", strided=True)
     check.may_take("residual", residual, (m, w.n), strided=True)
@@ -440,30 +506,38 @@ def gemm(
         check.fail(f"norm_bias and the scale and shift of a modulation need prologue 'rms' or 'layer', not {kind!r}")
     if taps is not None and kind != "none":
         check.fail(f"taps and prologue {kind!r} exclude each other")
+    if half and kind != "none":
+        check.fail(f"x in bf16 and prologue {kind!r} exclude each other")
     if modulation is not None:
         modulation.fits(check, m, w.n, k)
+    direct = half and w.format == "bf16"
+    need = workspace_bytes(m, k, direct=direct)
     if ws is not None:
-        check.room(ws, workspace_bytes(m, k))
-    elif m * k * 8 > 65536:
+        check.room(ws, need)
+    elif need and m * k * 8 > 65536:
         check.fail(f"M*K = {m * k} needs ws of workspace_bytes(M, K)")
     # The C++ kernel of few rows knows the prologues of decoding; the others run as programs for any number of rows.
     decodes = kind in ("none", "gated") or (kind == "rms" and norm is not None)
-    plain = decodes and norm_bias is None and modulation is None and not tap
+    plain = decodes and norm_bias is None and modulation is None and not walk.tap and not half
 
     def programs() -> list[Program]:
+        if direct:  # nothing to round: the product reads x itself
+            a = Activations(addressed(x), None, m, k, w.format, w.group, walk.ldx, 0)
+            return [matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual,
+                                   modulation=modulation, walk=walk)]  # fmt: skip
         if ws is None:
             check.fail(f"{m} rows on a CUDA device need ws of workspace_bytes(M, K)")
         a = Activations.place(ws, 0, m, k, w.format, w.group)
         rstd = part(ws, a.nbytes, "f32", m, k // norm_group) if kind == "gated" else None
         pre = row_programs(x, a, rows=rows, norm=norm, gate=gate, norm_group=norm_group, eps=eps, rstd=rstd,
-                           prologue=kind, norm_bias=norm_bias, modulation=modulation, pro_act=pro_act, ldx=ldx, tap=tap,
-                           ldtap=ldtap)  # fmt: skip
+                           prologue=kind, norm_bias=norm_bias, modulation=modulation, pro_act=pro_act,
+                           walk=walk)  # fmt: skip
         return [*pre, matmul_program(a, w, out, rows=rows, bias=bias, act=act, scale=scale, residual=residual,
                                      modulation=modulation)]  # fmt: skip
 
     mod = modulation
     call("gemm", label, nbytes=w.matrix_bytes, programs=programs if many_rows(m) or not plain else None,
-         x=x, ldx=ldx, w=w.data, out=out, ldo=out.ld,
+         x=None if half else x, x16=x if half else None, ldx=walk.ldx, w=w.data, out=out, ldo=out.ld,
          residual=residual, ldr=residual.ld if residual else 0,
          bias=bias, pro_w=norm, z=gate,
          ldz=gate.ld if gate else 0, ws=ws, rows=rows, m=m, n=w.n, k=k,
@@ -472,7 +546,8 @@ def gemm(
          mod=mod.table if mod else None, ldmod=mod.table.ld if mod else 0,
          mod_dtype=SRC[mod.table.dtype] if mod else 0, mod_rows=mod.rows if mod else None,
          mod_scale=_column(mod.scale if mod else None), mod_shift=_column(mod.shift if mod else None),
-         mod_gate=_column(mod.gate if mod else None), tap=tap, ldtap=ldtap)  # fmt: skip
+         mod_gate=_column(mod.gate if mod else None), tap=walk.tap, ldtap=walk.ldtap, width=walk.width,
+         ldline=walk.ldline)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -521,7 +596,10 @@ def layer_norm(x, eps: float):
 TABLE_ROWS = 5  # of the modulation in cases
 
 
-def _taps(c: Case) -> Taps | None:
+def _taps(c: Case) -> Taps | Window | None:
+    if c.dims.get("window"):  # cells of a grid of `width` in a line, the border included
+        step = c.dims.get("stride", 1)
+        return Window(c.window, c.width, (c.width - 1) * step + c.window, step)
     return Taps(c.taps, c.dims.get("dilation", 1), c.dims.get("stride", 1)) if c.dims.get("taps") else None
 
 
@@ -529,6 +607,8 @@ def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
     f, taps = np.float32, _taps(c)
     shape = (taps.rows(c.m), c.k // taps.count) if taps else (c.m, c.k)
     out = {"x": rng.standard_normal(shape).astype(f), "w": (rng.standard_normal((c.n, c.k)) / c.k**0.5).astype(f)}
+    if c.dims.get("half"):
+        out["x"] = (out["x"].view(np.uint32) >> 16).astype(np.uint16)
     if c.dims.get("epilogue"):
         out |= {"bias": rng.standard_normal(c.n).astype(f), "residual": rng.standard_normal((c.m, c.n)).astype(f)}
     kind = c.dims.get("prologue", "none")
@@ -560,8 +640,14 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     w = torch.from_numpy(PackedMatrix.pack("w", a["w"], c.dtype).unpack()).double()
     t = {k: torch.from_numpy(v).double() for k, v in a.items() if v.dtype == np.float32}
+    if "x" not in t:
+        t["x"] = torch.from_numpy((a["x"].astype(np.uint32) << 16).view(np.float32)).double()
     x, kind, taps = t["x"], c.dims.get("prologue", "none"), _taps(c)
-    if taps:
+    if isinstance(taps, Window):
+        m, size = torch.arange(c.m), torch.arange(taps.size)
+        first = (m // taps.width * taps.line + m % taps.width) * taps.stride
+        x = x[(first[:, None, None] + size[:, None] * taps.line + size).flatten(1)].flatten(1)
+    elif taps:
         x = torch.cat([x[j * taps.dilation :][: taps.stride * c.m : taps.stride] for j in range(taps.count)], -1)
     if kind == "glu":
         x = activate(x, c.act) * t["gate"]
@@ -709,7 +795,43 @@ register(
                 ),
             ),
             *cases(
+                "tiny",
+                *(
+                    {
+                        "m": m,
+                        "n": 24,
+                        "k": s * s * ch,
+                        "dtype": f,
+                        "window": s,
+                        "width": w,
+                        "stride": step,
+                        "half": int(half),
+                        "epilogue": 1,
+                        "act": "none",
+                        "programs": 1,
+                    }
+                    for f in _F
+                    for half in (f != "f32",)
+                    for m, s, ch, w, step in ((20, 3, 32, 5, 1), (6, 3, 64, 3, 2), (35, 2, 16, 7, 1))
+                ),
+                *({"m": m, "n": 40, "k": 96, "dtype": f, "half": 1, "programs": 1} for f in _F for m in (1, 3, 17)),
+                {
+                    "m": 12,
+                    "n": 40,
+                    "k": 160,
+                    "dtype": "bf16",
+                    "taps": 5,
+                    "half": 1,
+                    "epilogue": 1,
+                    "act": "relu",
+                    "programs": 1,
+                },
+            ),
+            *cases(
                 "odd",
+                {"m": 15, "n": 9, "k": 63, "dtype": "f32", "window": 3, "width": 4, "programs": 1},
+                {"m": 15, "n": 9, "k": 63, "dtype": "bf16", "window": 3, "width": 4, "half": 1, "programs": 1},
+                {"m": 6, "n": 5, "k": 37, "dtype": "bf16", "half": 1, "programs": 1},
                 {"m": 4, "n": 7, "k": 39, "dtype": "f32", "taps": 3, "dilation": 2, "programs": 1},
                 {"m": 11, "n": 5, "k": 35, "dtype": "bf16", "taps": 5, "stride": 3},
                 {"m": 5, "n": 37, "k": 53, "dtype": "f32", "prologue": "layer", "programs": 1},

@@ -11,6 +11,12 @@ from engine.ops.registry import Arrays, Case, Op, cases, guarded, register
 from engine.runtime.arena import Tensor, as_tensor
 
 KINDS = ("none", "rms", "layer")
+MAX_ROW = 65536  # a row in bf16 is made in per-thread scratch
+
+
+def mod_free(modulation: Modulation | None) -> bool:
+    """Every row uses the same row of the modulation, or there is none."""
+    return modulation is None or modulation.rows is None
 
 
 def norm(
@@ -25,18 +31,30 @@ def norm(
     eps: float = 1e-5,
     act: str = "none",
     rows: Tensor | None = None,
+    width: int | None = None,
     label: str = "",
 ) -> None:
     """out [M,K] = act(the norm of each row of x + add (f32, out may be x), * weight + bias, then the modulation's scale
     and shift). add [M,K], or [K] for every row. kind 'none': the sum as it is, without weight, bias and modulation.
-    For norms that more than one product reads; in front of one product a norm is a prologue of gemm.
+    out f32 or bf16. For norms that more than one product reads; in front of one product a norm is a prologue of gemm.
+
+    width: x is a grid of M / width lines; out [(M / width + 2) * (width + 2), K] is that grid in a border of one cell
+    of zeros, as a convolution reads it (gemm.Window).
     """
     check = Check("norm", label)
     check.one_of("kind", kind, KINDS)
     check.takes("x", x, (None, None), strided=True)
     m, k = x.shape
     check.need(m > 0 and k > 0, f"x is {m} rows of {k} values; at least one of each is needed")
-    check.takes("out", out, (m, k), strided=True)
+    cells = m
+    if width is not None:
+        check.need(1 <= width <= m and m % width == 0, f"{m} rows are not lines of {width} cells")
+        cells = (m // width + 2) * (width + 2)
+        check.need(rows is None and mod_free(modulation), "a grid takes neither rows nor rows of a modulation")
+    check.takes("out", out, (cells, k), "f32|bf16", strided=True)
+    if width is not None or out.dtype == "bf16":
+        check.need(k <= MAX_ROW, f"rows are {k} wide; {MAX_ROW} is the limit for a grid or bf16")
+        check.apart("out", out, x=x)
     check.may_take("add", add, [(m, k), (k,)], strided=True)
     check.one_of("act", act, ACTS)
     check.may_take("weight", weight, (k,))
@@ -53,7 +71,8 @@ def norm(
          mod_scale=-1 if mod is None or mod.scale is None else mod.scale,
          mod_shift=-1 if mod is None or mod.shift is None else mod.shift,
          rows=rows, m=m, k=k, kind=PROLOGUES[kind], eps=eps, add=add,
-         ldadd=add.ld if add and len(add.shape) == 2 else 0, act=ACTS[act])  # fmt: skip
+         ldadd=add.ld if add and len(add.shape) == 2 else 0, act=ACTS[act], out_dtype=SRC[out.dtype],
+         width=width or 0)  # fmt: skip
 
 
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
@@ -84,28 +103,38 @@ def _reference(c: Case, a: Arrays) -> Arrays:
     if "mod" in t:
         scale, shift = t["mod"][torch.from_numpy(a["mod_rows"]).long()].split(c.k, -1)
         y = y * (1 + scale) + shift
-    return {"out": activate(y, c.dims.get("act", "none")).numpy()}
+    y = activate(y, c.dims.get("act", "none"))
+    if c.dims.get("width"):
+        y = torch.nn.functional.pad(y.reshape(-1, c.width, c.k), (0, 0, 1, 1, 1, 1)).flatten(0, 1)
+    return {"out": y.numpy()}
+
+
+def _shape(c: Case) -> tuple[int, int]:
+    w = c.dims.get("width")
+    return ((c.m // w + 2) * (w + 2) if w else c.m, c.k)
 
 
 def _call(c: Case, a: Arrays, out: np.ndarray):
     t = {k: as_tensor(v) for k, v in a.items()}
     mod = Modulation(t["mod"], t["mod_rows"], 0, c.k) if "mod" in t else None
+    dst = as_tensor(out)
     return lambda: norm(
         t["x"],
-        as_tensor(out),
+        dst,
         kind=c.norm,
         add=t.get("add"),
         weight=t.get("weight"),
         bias=t.get("bias"),
         modulation=mod,
         act=c.dims.get("act", "none"),
+        width=c.dims.get("width"),
     )
 
 
 def _run(c: Case, a: Arrays) -> Arrays:
-    out = guarded(c.m, c.k)
+    out = guarded(*_shape(c), dtype=c.dims.get("dtype", "f32"))
     _call(c, a, out)()
-    return {"out": out}
+    return {"out": (out.astype(np.uint32) << 16).view(np.float32) if out.dtype == np.uint16 else out}
 
 
 def _torch(c: Case, a: Arrays):
@@ -124,19 +153,25 @@ register(
                 (2, 1024, {"affine": 1, "mod": 1}), (4, 80, {"affine": 1, "act": "silu"}))),
                 {"m": 33, "k": 48, "norm": "none", "add": 2},
                 {"m": 6, "k": 96, "norm": "none", "add": 1, "act": "silu"},
-                {"m": 2, "k": 64, "norm": "layer", "add": 1, "affine": 1, "act": "relu"}),
+                {"m": 2, "k": 64, "norm": "layer", "add": 1, "affine": 1, "act": "relu"},
+                {"m": 12, "k": 32, "norm": "rms", "affine": 1, "act": "silu", "width": 4},
+                {"m": 7, "k": 48, "norm": "none", "width": 7},
+                {"m": 6, "k": 96, "norm": "rms", "affine": 1, "act": "silu", "width": 2, "dtype": "bf16"},
+                {"m": 9, "k": 64, "norm": "layer", "mod": 1, "dtype": "bf16"}),
             *cases("odd", *({"m": 3, "k": k, "norm": n, "affine": 1, "mod": 1} for n in KINDS[1:] for k in (1, 7, 301)),
                    *({"m": 3, "k": k, "norm": "none", "act": a}
-                     for k, a in ((7, "relu"), (301, "quick_gelu"), (5, "none")))),
+                     for k, a in ((7, "relu"), (301, "quick_gelu"), (5, "none"))),
+                   {"m": 5, "k": 19, "norm": "rms", "width": 1, "dtype": "bf16"},
+                   {"m": 3, "k": 37, "norm": "none", "add": 1, "dtype": "bf16"}),
             *cases("real", {"m": 114, "k": 1024, "norm": "layer", "affine": 1},
                    {"m": 196, "k": 768, "norm": "layer", "affine": 1, "act": "silu"}),
         ],
         inputs=_inputs,
         reference=_reference,
         run=_run,
-        prepare=lambda c, a: _call(c, a, np.zeros((c.m, c.k), np.float32)),
+        prepare=lambda c, a: _call(c, a, np.zeros(_shape(c), np.float32)),
         torch_eager=_torch,
-        tolerance={"f32": 1e-6},
+        tolerance={"f32": 1e-6, "bf16": 4e-3},
         bytes=lambda c: 8 * c.m * c.k,
         flops=lambda c: 8 * c.m * c.k,
         absent={"triton": "a row is one reduction: it needs no tiles"},

@@ -521,6 +521,19 @@ MUTANTS += [
     Mutant(GATHER, "gather_mean", "channels not bounded", "  if (i >= p.d) return;\n  float sum", "  float sum"),
 ]
 
+MUTANTS += [
+    Mutant(
+        GATHER, "gather_sum", "last entry lost", "j < p.offsets[i + 1]; ++j) sum", "j < p.offsets[i + 1] - 1; ++j) sum"
+    ),
+    Mutant(GATHER, "gather_sum", "weights dropped", "fmaf(p.weights[j], x[", "fmaf(1.f, x["),
+    Mutant(GATHER, "gather_sum", "first grid only", "p.x + b * p.r * p.ldx + c;", "p.x + c;"),
+    Mutant(
+        GATHER, "gather_sum", "channels not bounded", "  if (c >= p.d) return;\n  const float* x", "  const float* x"
+    ),
+    Mutant(GATHER, "gather_sum", "rows not looked up", "x[p.rows[j] * p.ldx]", "x[i * p.ldx]"),
+    Mutant(GATHER, "gather_sum", "bf16 written as f32", "if (p.out_dtype == kBF16)", "if (false)"),
+]
+
 FLOW = "ops/flow/flow.cu"
 MUTANTS += [
     Mutant(
@@ -594,21 +607,34 @@ MUTANTS += [
     Mutant(FLOW, "flow_end", "early read", "  wait_for_previous();\n  const int64_t b", "  const int64_t b"),
 ]
 
-NORM = "ops/norm/norm.cu"
+NORM, REDUCE = "ops/norm/norm.cu", "base/reduce.cuh"
 MUTANTS += [
     Mutant(NORM, "norm", "sum not added", "more ? x[i] + more[i] : x[i]", "x[i]"),
     Mutant(NORM, "norm", "no mean", "if (p.kind == kProLayerNorm) {", "if (false) {"),
     Mutant(NORM, "norm", "mean of RMS norms", "if (p.kind == kProLayerNorm) {", "if (true) {"),
-    Mutant(NORM, "norm", "sums overwritten", "total += sums[w];\n  __syncthreads();", "total += sums[w];"),
-    Mutant(NORM, "norm", "sums read early", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total"),
-    Mutant(NORM, "norm", "last warp lost", "w < kWarps; ++w", "w < kWarps - 1; ++w"),
-    Mutant(NORM, "norm", "half a warp", "for (int o = 16; o; o >>= 1) v +=", "for (int o = 8; o; o >>= 1) v +="),
+    Mutant(REDUCE, "norm", "sums overwritten", "total += sums[w];\n  __syncthreads();", "total += sums[w];"),
+    Mutant(REDUCE, "norm", "sums read early", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total"),
+    Mutant(
+        REDUCE, "norm", "last warp lost", "w < kWarps; ++w) total += sums[w];", "w < kWarps - 1; ++w) total += sums[w];"
+    ),
+    Mutant(REDUCE, "norm", "half a warp", "for (int o = 16; o; o >>= 1) v +=", "for (int o = 8; o; o >>= 1) v +="),
     Mutant(NORM, "norm", "no weight", "if (p.w) v *= p.w[i];", ""),
     Mutant(NORM, "norm", "no bias", "if (p.b) v += p.b[i];", ""),
     Mutant(NORM, "norm", "scale without one", "v *= 1.f + modulation", "v *= modulation"),
     Mutant(NORM, "norm", "shift from the scale", "mod + p.mod_shift + i", "mod + p.mod_scale + i"),
     Mutant(NORM, "norm", "modulation of row 0", "(p.mod_rows ? p.mod_rows[t] : 0)", "(p.mod_rows ? p.mod_rows[0] : 0)"),
-    Mutant(NORM, "norm", "no activation", "out[i] = activate(v, p.act);", "out[i] = v;"),
+    Mutant(NORM, "norm", "no activation", "put(i, activate(v, p.act));", "put(i, v);"),
+    Mutant(
+        NORM,
+        "norm",
+        "border keeps what it held",
+        "if (t < 0) {\n    for (int64_t i = threadIdx.x; i < p.k; i += kThreads) put(i, 0.f);",
+        "if (t < 0) {",
+    ),
+    Mutant(NORM, "norm", "border not told from cells", "p.width ? norm_cell(row, p.width, m) : row", "row"),
+    Mutant("ops/norm/norm.h", "norm", "cells beyond the last line", "|| y >= m / width ", ""),
+    Mutant("ops/norm/norm.h", "norm", "cells of the line before", "|| x >= width ?", "?"),
+    Mutant(NORM, "norm", "bf16 written as f32", "if (p.out_dtype == kBF16)", "if (false)"),
     Mutant(NORM, "norm", "normed where none is asked", "if (p.kind != kProNone) {", "if (true) {"),
     Mutant(NORM, "norm", "one sum for every row", "p.add + t * p.ldadd", "p.add"),
     Mutant(NORM, "norm", "early read", "  wait_for_previous();", "  "),
@@ -852,8 +878,148 @@ MUTANTS += [
     Mutant(CHANNELS, "channel_attention", "early read", "  wait_for_previous();", "  "),
 ]  # fmt: skip
 
+FUSE = "ops/fuse/fuse.cu"
+MUTANTS += [
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "tail of a row not read",
+        "for (int64_t i = wide * kEight + threadIdx.x; i < d; i += kThreads) {\n    to[i]",
+        "for (int64_t i = d; i < d; i += kThreads) {\n    to[i]",
+    ),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "tail of a row not written",
+        "for (int64_t i = wide * kEight + threadIdx.x; i < d; i += kThreads) {\n    if",
+        "for (int64_t i = d; i < d; i += kThreads) {\n    if",
+    ),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "halves of a pair swapped",
+        "v[2 * j] = __uint_as_float(words[j] << 16);\n        v[2 * j + 1]",
+        "v[2 * j + 1] = __uint_as_float(words[j] << 16);\n        v[2 * j]",
+    ),
+    Mutant(FUSE, "gated_fuse", "words out of order", "{w.x, w.y, w.z, w.w}", "{w.x, w.z, w.y, w.w}"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "eights as fours",
+        "reinterpret_cast<const float4*>(row)[2 * i + 1];",
+        "reinterpret_cast<const float4*>(row)[2 * i];",
+    ),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "wide loads of any row",
+        "const char* row = static_cast<const char*>(p) + begin * (dtype == kBF16 ? 2 : 4);\n"
+        "  const int64_t wide = aligned(row) ? d / kEight : 0;",
+        "const char* row = static_cast<const char*>(p) + begin * (dtype == kBF16 ? 2 : 4);\n"
+        "  const int64_t wide = d / kEight;",
+    ),
+    Mutant(FUSE, "gated_fuse", "no mean of g", "b = g[i] - mean.y;", "b = g[i];"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "one norm for both",
+        "dots.y = fmaf(b, p.u2[i], dots.y);",
+        "dots.y = fmaf(b, p.u1[i], dots.y);",
+    ),
+    Mutant(FUSE, "gated_fuse", "gate without its constant", "r2 * dots.y + p.c)", "r2 * dots.y)"),
+    Mutant(FUSE, "gated_fuse", "force ignored", "p.force >= 0.f ? p.force : sigmoid", "false ? p.force : sigmoid"),
+    Mutant(FUSE, "gated_fuse", "gate of every thread's row", "p.gates[row] = gate;", "p.gates[0] = gate;"),
+    Mutant(FUSE, "gated_fuse", "biases dropped", "(gate * p.b1[i] + rest * p.b2[i]);", "0.f;"),
+    Mutant(FUSE, "gated_fuse", "streams swapped", "o = gate * s[i] + rest * g[i];", "o = gate * g[i] + rest * s[i];"),
+    Mutant(FUSE, "gated_fuse", "rho dropped", "p.rho * rest * (g[i] - s[i])", "rest * (g[i] - s[i])"),
+    Mutant(FUSE, "gated_fuse", "code beyond its channels", "if (p.voxels && i < 3 * third) {", "if (p.voxels) {"),
+    Mutant(FUSE, "gated_fuse", "x for every axis", "axis == 0 ? p.px : axis == 1 ? p.py : p.pz", "p.px"),
+    Mutant(FUSE, "gated_fuse", "voxel of the first axis", "p.voxels[row * 3 + axis]", "p.voxels[row * 3]"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "row read before it is whole",
+        "    total = fmaf(o, o, total);\n  }\n  __syncthreads();",
+        "    total = fmaf(o, o, total);\n  }",
+    ),
+    Mutant(FUSE, "gated_fuse", "newlines take no place", "p.newline ? row + row / p.period : row;", "row;"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "newline after every row",
+        "row % p.period == p.period - 1",
+        "row % p.period <= p.period - 1",
+    ),
+    Mutant(FUSE, "gated_fuse", "order ignored", "p.order ? p.order[r] : r;", "r;"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "norm of the next without eps and mean",
+        "/ float(p.d) + p.norm_eps);\n  write_row",
+        ");\n  write_row",
+    ),
+    Mutant(FUSE, "gated_fuse", "norm weight dropped", "fn(i) * scale * p.norm_w[i]", "fn(i) * scale"),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "newline's squares are the row's",
+        "    total = 0.f;\n    for (int64_t i = threadIdx.x; i < p.d; i += kThreads) total",
+        "    for (int64_t i = threadIdx.x; i < p.d; i += kThreads) total",
+    ),
+    Mutant(
+        FUSE,
+        "gated_fuse",
+        "early read",
+        "__launch_bounds__(kThreads) gated_fuse_kernel(GatedFuseParams p) {\n  release_next();\n  wait_for_previous();",
+        "__launch_bounds__(kThreads) gated_fuse_kernel(GatedFuseParams p) {\n  release_next();",
+    ),
+    Mutant(REDUCE, "gated_fuse", "second sum of the first", "total.y += sums[kWarps + w]", "total.y += sums[w]"),
+    Mutant(REDUCE, "gated_fuse", "pair read early", "= v.y;\n  }\n  __syncthreads();", "= v.y;\n  }"),
+    Mutant(
+        REDUCE,
+        "gated_fuse",
+        "pair overwritten",
+        "total.y += sums[kWarps + w];\n  __syncthreads();",
+        "total.y += sums[kWarps + w];",
+    ),
+    Mutant(
+        FUSE,
+        "gate_heads",
+        "head's tail lost",
+        "for (int64_t i = lane; i < hd; i += 32) {",
+        "for (int64_t i = lane; i < hd / 32 * 32; i += 32) {",
+    ),
+    Mutant(
+        FUSE,
+        "gate_heads",
+        "heads beyond a round lost",
+        "for (int64_t h = warp; h < p.heads; h += kWarps) {",
+        "for (int64_t h = warp; h < kWarps && h < p.heads; h += kWarps) {",
+    ),
+    Mutant(FUSE, "gate_heads", "keys of head 0", "p.dk[h * hd + i]", "p.dk[i]"),
+    Mutant(
+        FUSE,
+        "gate_heads",
+        "norm over one head",
+        "(squares, sums) / float(p.d) + p.eps);",
+        "(squares, sums) / float(hd) + p.eps);",
+    ),
+    Mutant(FUSE, "gate_heads", "padding not counted", "gates[h] * scale - p.bias", "gates[h] * scale"),
+    Mutant(FUSE, "gate_heads", "gates read early", "- p.bias);\n  __syncthreads();", "- p.bias);"),
+    Mutant(FUSE, "gate_heads", "base dropped", "p.x[row * p.ldx + i] + p.base[i];", "p.x[row * p.ldx + i];"),
+    Mutant(FUSE, "gate_heads", "values of head 0", "p.u[h * p.d + i]", "p.u[i]"),
+    Mutant(
+        FUSE,
+        "gate_heads",
+        "early read",
+        "gate_heads_kernel(GateHeadsParams p) {\n  release_next();\n  wait_for_previous();",
+        "gate_heads_kernel(GateHeadsParams p) {\n  release_next();",
+    ),
+]
+
 # Mutant.id: why no case can tell it from the original.
 SURVIVORS: dict[str, str] = {
+    "gated_fuse: wide loads of any row": "a host reads 16 bytes at any address, a device only at multiples of 16",
     "guide: frame 0 moved": "no step leads to frame 0, so the loop behind the test has no turn there",
     "rng: half dropped": "changes a normal by one part in 2^33 unless its word is tiny, and no case draws a tiny one",
     "rng: fp32 logarithm": "one fp32 rounding more, which the tolerance of the normals allows",

@@ -16,8 +16,9 @@ from engine.ops.channel_attention import channel_attention
 from engine.ops.codebook import codebook_conv, codebook_search
 from engine.ops.conv import conv_depthwise, conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
-from engine.ops.gather import gather, gather_mean
-from engine.ops.gemm import Modulation, PackedMatrix, Taps, gemm, workspace_bytes
+from engine.ops.fuse import Code, Gate, gate_heads, gated_fuse
+from engine.ops.gather import Sums, gather, gather_mean, gather_sum
+from engine.ops.gemm import Modulation, PackedMatrix, Taps, Window, gemm, workspace_bytes
 from engine.ops.guide import JointTargets, guide, guide_joints
 from engine.ops.guide import workspace_bytes as guide_workspace
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up
@@ -71,6 +72,12 @@ CALLS = {
     norm: {"x": new(T, D), "out": new(T, D), "add": new(T, D), "weight": new(D), "bias": new(D), "rows": ROWS,
            "modulation": Modulation(new(5, 2 * D), new(T, dtype="i32"), 0, D)},
     gather_mean: {"x": new(4, D), "out": new(2, D)},
+    gather_sum: {"x": new(4, D), "out": new(6, D), "sums": Sums(new(4, dtype="i32"), new(5, dtype="i32"), new(5), 2)},
+    gated_fuse: {"s": new(6, D), "g": new(6, D), "out": new(8, D), "gate": Gate(*(new(D) for _ in range(6)), 0.0),
+                 "code": Code(new(6, 3, dtype="i32"), *(new(4, D // 3) for _ in range(3))), "newline": new(D),
+                 "period": 3, "order": new(8, dtype="i32"), "normed": new(8, D), "norm": new(D), "gates": new(6)},
+    gate_heads: {"q": new(T, D), "dk": new(D), "u": new(4, D), "base": new(D), "x": new(T, D), "out": new(T, D),
+                 "bias": 1.0},
     conv_patches: {"image": new(1, 4, 4, 3), "out": new(4, 12), "size": 2, "stride": 2, "scale": new(3),
                    "offset": new(3)},
     conv_depthwise: {"x": new(1, 4, 4, 8), "weight": new(9, 8), "bias": new(8), "out": new(1, 4, 4, 8)},
@@ -117,7 +124,8 @@ def wrong_calls():
 # Where any length or shape is right.
 FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0", "gather_mean-out-0",
         "norm-modulation.table-0", "flow_begin-times-0", "flow_begin-state.ring-0",
-        "flow_end-state.ring-0", "codebook_conv-table-0"}  # fmt: skip
+        "flow_end-state.ring-0", "codebook_conv-table-0", "gated_fuse-code.x-0", "gated_fuse-code.y-0",
+        "gated_fuse-code.z-0", "gated_fuse-out-0"}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
@@ -143,7 +151,10 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
         (gemm, {"bias": new(1, 16).columns(0, 8)}, "bias is f32"),
         (gemm, {"norm": None}, "needs norm and a norm_group"),
         (gemm, {"taps": Taps(2), "x": new(T + 1, D // 2)}, "taps and prologue 'gated' exclude each other"),
-        (gemm, {"taps": Taps(2, dilation=2)}, r"x is f32 \[3, 32\]; it must be f32 \[5, 16\]"),
+        (gemm, {"taps": Window(2, 3, 3)}, "leaves its lines"),
+        (gemm, {"taps": Window(2, 1, 1)}, "has no line of cells"),
+        (gemm, {"x": new(T, D, dtype="bf16"), "norm": new(D)}, "x in bf16 and prologue 'gated' exclude each other"),
+        (gemm, {"taps": Taps(2, dilation=2)}, r"x is f32 \[3, 32\]; it must be f32\|bf16 \[5, 16\]"),
         (gemm, {"taps": Taps(5)}, "do not divide K"),
         (gemm, {"taps": Taps(0)}, "do not divide K"),
         (gemm, {"w": dataclasses.replace(CALLS[gemm]["w"], format="i2")}, "the format of w 'i2' is not one of"),
@@ -151,6 +162,8 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
         (ssm, {"shape": SsmShape(4, 8, 3, 5, 3)}, "multiple of groups"),
         (ssm, {"shape": SsmShape(4, 8, 2, 5, 0)}, "positive"),
         (ssm, {"dt_bias": None}, "dt_bias is NoneType"),
+        (attention, {"k": None}, "k and v belong together"),
+        (attention, {"k": None, "v": None}, "rows have no positions"),
         (attention, {"heads": 3}, "3 heads are not a multiple of 2"),
         (attention, {"cache": KVCache.empty(Arena(), "kv", 1, 1025, 16, "f32")}, "1025 wide; the limit is 1024"),
         (attention, {"k": new(T, 64).columns(0, 16)}, "rows of k lie 64 apart"),
@@ -170,6 +183,15 @@ X, LONG = CALLS[gemm]["x"], new(T * D)
             "lies on image",
         ),
         (gemm, {"x": LONG.slice(0, (T, D)), "out": LONG.slice(8, (T, 8))}, "out lies on x"),
+        (gather_sum, {"out": new(5, D)}, "5 rows of out are not grids of 3"),
+        (gated_fuse, {"period": 0}, "newline and period belong together"),
+        (gated_fuse, {"norm": None}, "normed and norm belong together"),
+        (gated_fuse, {"period": 4}, "6 rows are not lines of 4"),
+        (gated_fuse, {"force": 1.5}, r"force=1\.5 is not in"),
+        (gated_fuse, {"blend": "sum"}, "blend 'sum' is not one of"),
+        (gate_heads, {"u": new(5, D)}, "5 heads do not divide 32 channels"),
+        (norm, {"width": 2, "rows": None, "modulation": None}, "3 rows are not lines of 2 cells"),
+        (norm, {"width": 3}, "a grid takes neither rows"),
         (guide, {"solver": "none"}, "solver 'none' and targets do not go together"),
         (guide, {"solver": "newton"}, "solver 'newton' is not one of"),
         (guide, {"history": 11}, r"history=11 is not in \[1, 10\]"),

@@ -20,7 +20,7 @@ from engine.ops.attention import KVCache, Pads, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
 from engine.ops.codebook import codebook_search
 from engine.ops.flow import FlowState, flow_begin, flow_end
-from engine.ops.gemm import Modulation, PackedMatrix, gemm, workspace_bytes
+from engine.ops.gemm import Modulation, PackedMatrix, Window, gemm, workspace_bytes
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up, moe_workspace
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime import cuda, device
@@ -197,6 +197,19 @@ def _codebooks(m: int, use: Callable) -> None:
     use("codebook search", "f32", codebook_search, x, codes, norms, a.alloc("ids", (m,), "i32"), a.alloc("q", (m, d)))
 
 
+def _convolutions(m: int, use: Callable) -> None:
+    """3 x 3 over a bordered grid in bf16, as it lies: first and last level of an encoder, and one that halves."""
+    del m
+    for name, height, width, stride, cin, cout in (("first", 480, 832, 1, 96, 96), ("halving", 480, 832, 2, 96, 96),
+                                                   ("last", 60, 104, 1, 384, 384)):  # fmt: skip
+        a, line = Addresses(), width + 2
+        window = Window(3, width // stride, line, stride)
+        out = a.alloc("out", (height * width // stride**2, cout))
+        x = a.alloc("x", (window.rows(out.shape[0]), cin), "bf16")
+        use(f"{name} convolution", "bf16", gemm, x, a.matrix(cout, 9 * cin, "bf16"), out, bias=a.alloc("b", (cout,)),
+            residual=out, taps=window)  # fmt: skip
+
+
 def shipped_programs(m: int = 512) -> list[Shipped]:
     """Recorded by calling the public ops at the widths of the model, in a step of m rows."""
     out: list[Shipped] = []
@@ -207,8 +220,9 @@ def shipped_programs(m: int = 512) -> list[Shipped]:
             op(*args, **named)
         out.extend(Shipped(name, format, p) for p in driver.programs)
 
-    for ops in (_gemms, _moes, _ssms, _attentions, _policies, _codebooks):
-        ops(m, use)
+    for ops in (_gemms, _moes, _ssms, _attentions, _policies, _codebooks, _convolutions):
+        with cuda.use(Recorder()), device.on("cuda"):  # workspaces differ
+            ops(m, use)
     return out
 
 

@@ -8,7 +8,8 @@
 // What offsets and order hold is the caller's business: it is not checked.
 // rope [ctx, d]: cosines of d/2 angles, then sines; q and k turn by the row of their position, channels (i, i + d/2).
 // pad_k, pad_v [kv_heads*d]: one more key and value that sequence b sees pads[b] times.
-// q null: nothing but the append.
+// q null: nothing but the append. k null: nothing is appended, and every row sees the pos positions of the cache, of
+// which there is one at least (causal 0, no rope).
 // ws: attention_workspace() bytes, for the partial results of split contexts (batch 1, causal or not, no pads).
 #pragma once
 #include "base/params.h"

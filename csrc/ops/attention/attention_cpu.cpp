@@ -35,7 +35,8 @@ Geometry geometry(const AttentionParams& p, int64_t b) {
   g.m = p.offsets ? imin(p.offsets[b + 1] - g.first, p.m) : p.rows ? imin(*p.rows, p.m) : p.m;
   g.pos = p.pos[b];
   g.pads = p.pads ? p.pads[b] : 0;
-  if (g.pos < 0 || g.pos + g.m > p.ctx) g.m = 0;  // the caller bounds the context; never write outside the cache
+  if (g.pos < 0 || g.pos + (p.k ? g.m : 0) > p.ctx)
+    g.m = 0;  // the caller bounds the context; never write outside the cache
   return g;
 }
 
@@ -112,7 +113,9 @@ void append_panel(const AttentionParams& p, const Geometry& g, int64_t at, int64
 }
 
 // The last position that row t sees, plus one.
-int64_t end_of(const AttentionParams& p, const Geometry& g, int64_t t) { return g.pos + (p.causal ? t + 1 : g.m); }
+int64_t end_of(const AttentionParams& p, const Geometry& g, int64_t t) {
+  return g.pos + (!p.k ? 0 : p.causal ? t + 1 : g.m);
+}
 
 // The softmax state after pads[b] equal keys.
 void start_with_pads(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r, float* o, float* mx,
@@ -230,7 +233,7 @@ void attend(const AttentionParams& p, const Geometry& g, int64_t h, int64_t r0, 
 
 void attention(const AttentionParams& p, Ctx& ctx) {
   const int64_t chunks = ceil_div(p.m, 16) + 1;  // by panels of positions, the first and last of which may be shared
-  for (int64_t task; (task = claim(ctx)) < p.batch * chunks * p.kv_heads;) {
+  for (int64_t task; p.k && (task = claim(ctx)) < p.batch * chunks * p.kv_heads;) {
     const Geometry g = geometry(p, task / (chunks * p.kv_heads));
     const int64_t panel = g.pos / 16 + task % chunks, h = task / chunks % p.kv_heads;
     const int64_t first = imax(panel * 16, g.pos), end = imin(panel * 16 + 16, g.pos + g.m);
@@ -246,7 +249,7 @@ void attention(const AttentionParams& p, Ctx& ctx) {
   const int64_t per_task = kTilesPerTask * max_rows(p.format);
   const int64_t groups = ceil_div(p.m * share, per_task);
   const Geometry one = geometry(p, 0);
-  const int64_t length = one.pos + one.m;
+  const int64_t length = end_of(p, one, one.m - 1);
   const bool split = p.batch == 1 && one.m <= kAttentionSplitRows && !one.pads;
   const int64_t splits = split ? ceil_div(length, kAttentionSplit) : 1;
   float* partial = splits > 1 ? reinterpret_cast<float*>(p.ws) : nullptr;
@@ -258,8 +261,9 @@ void attention(const AttentionParams& p, Ctx& ctx) {
     const int64_t gi = groups - 1 - task / splits / p.kv_heads % groups;
     const int64_t r0 = gi * per_task, r1 = imin(r0 + per_task, g.m * share);
     if (r0 >= r1) continue;
-    attend(p, g, h, r0, r1, s * kAttentionSplit, splits > 1 ? imin((s + 1) * kAttentionSplit, length) : g.pos + g.m,
-           ctx.scratch, partial ? partial + ((s * p.kv_heads + h) * rows + r0) * row_floats : nullptr);
+    attend(p, g, h, r0, r1, s * kAttentionSplit,
+           splits > 1 ? imin((s + 1) * kAttentionSplit, length) : end_of(p, g, g.m - 1), ctx.scratch,
+           partial ? partial + ((s * p.kv_heads + h) * rows + r0) * row_floats : nullptr);
   }
   if (splits <= 1) return;
   barrier(ctx);

@@ -62,7 +62,31 @@ __global__ void __launch_bounds__(kThreads) gather_mean_kernel(GatherMeanParams 
   p.out[b * p.ldo + i] = sum / float(p.n);
 }
 
+// gather_sum: weighted sums of rows, a sparse matrix times a dense one
+// layout   x, out row-major, entries of an output row side by side
+// mapping  a block per output row and 256 channels, a thread per channel
+// moves    x once per entry that names it, from L2; out once
+// tried    -
+__global__ void __launch_bounds__(kThreads) gather_sum_kernel(GatherSumParams p) {
+  release_next();
+  wait_for_previous();
+  const int64_t task = blockIdx.x, b = task / p.n, i = task % p.n, c = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+  if (c >= p.d) return;
+  const float* x = p.x + b * p.r * p.ldx + c;
+  float sum = 0.f;
+  for (int32_t j = p.offsets[i]; j < p.offsets[i + 1]; ++j) sum = fmaf(p.weights[j], x[p.rows[j] * p.ldx], sum);
+  if (p.out_dtype == kBF16)
+    static_cast<uint16_t*>(p.out)[task * p.ldo + c] = f32_to_bf16(sum);
+  else
+    static_cast<float*>(p.out)[task * p.ldo + c] = sum;
+}
+
 }  // namespace
+
+void gather_sum(const GatherSumParams& p, void* stream) {
+  const Launch l = {{unsigned(p.batch * p.n), unsigned((p.d + kThreads - 1) / kThreads)}, kThreads, 0, stream, true};
+  launch("gather_sum", gather_sum_kernel, l, p);
+}
 
 void gather_mean(const GatherMeanParams& p, void* stream) {
   const Launch l = {{unsigned(p.batch), unsigned((p.d + kThreads - 1) / kThreads)}, kThreads, 0, stream, true};

@@ -12,4 +12,12 @@ ENGINE_PARAMS(GatherParams, ENGINE_GATHER_PARAMS)
 #define ENGINE_GATHER_MEAN_PARAMS(F) \
   F(const float*, x) F(int64_t, ldx) F(float*, out) F(int64_t, ldo) F(int64_t, batch) F(int64_t, n) F(int64_t, d)
 ENGINE_PARAMS(GatherMeanParams, ENGINE_GATHER_MEAN_PARAMS)
+
+// gather_sum: out[b*N+i,:] = sum over j in [offsets[i], offsets[i+1]) of weights[j] * x[b*R + rows[j], :]: a sparse matrix
+// [N, R] times each of `batch` grids of x [batch*R, D] f32. Its entries are the caller's business: they are not checked.
+#define ENGINE_GATHER_SUM_PARAMS(F)                                                                        \
+  F(const float*, x) F(int64_t, ldx) F(const int32_t*, offsets) F(const int32_t*, rows)                    \
+  F(const float*, weights) F(void*, out) F(int32_t, out_dtype) F(int64_t, ldo) F(int64_t, batch)           \
+  F(int64_t, n) F(int64_t, r) F(int64_t, d)
+ENGINE_PARAMS(GatherSumParams, ENGINE_GATHER_SUM_PARAMS)
 }  // namespace engine

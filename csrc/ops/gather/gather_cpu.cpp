@@ -40,4 +40,35 @@ void gather_mean(const GatherMeanParams& p, Ctx& ctx) {
     }
 }
 
+// gather_sum: weighted sums of rows, a sparse matrix times a dense one (pooling and resampling of grids)
+// layout   x, out row-major, entries of an output row side by side
+// mapping  one task per output row, four vectors of channels at once in registers
+// moves    x once per entry that names it (from L2), out once
+// tried    -
+void gather_sum(const GatherSumParams& p, Ctx& ctx) {
+  for (int64_t task; (task = claim(ctx)) < p.batch * p.n;) {
+    const int64_t b = task / p.n, i = task % p.n;
+    const float* x = p.x + b * p.r * p.ldx;
+    const int32_t first = p.offsets[i], end = p.offsets[i + 1];
+    for (int64_t c = 0; c < p.d; c += 64) {
+      F16 sum[4] = {zero(), zero(), zero(), zero()};
+      for (int32_t j = first; j < end; ++j) {
+        const F16 w = set1(p.weights[j]);
+        const float* row = x + p.rows[j] * p.ldx + c;
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v)
+          if (c + 16 * v < p.d) sum[v] = fma(w, loadn(row + 16 * v, p.d - c - 16 * v), sum[v]);
+      }
+      for (int v = 0; v < 4; ++v) {
+        const int64_t at = task * p.ldo + c + 16 * v, left = p.d - c - 16 * v;
+        if (left <= 0) break;
+        if (p.out_dtype == kBF16)
+          storen_bf16(static_cast<uint16_t*>(p.out) + at, sum[v], left);
+        else
+          storen(static_cast<float*>(p.out) + at, sum[v], left);
+      }
+    }
+  }
+}
+
 }  // namespace engine::cpu::ENGINE_NS

@@ -1,6 +1,7 @@
 // gemm: out[m,:] = act(prologue(x)[m,:] @ W.T + bias) * scale * gate[m,:] + residual[m,:], W packed (see gemm_pack).
-// x [M,K] f32 row-major (row stride ldx); out [M,N] f32 or bf16; residual [M,N] f32 (may be out itself); bias [N] f32.
+// x [M,K] f32 row-major (row stride ldx), or x16, the same in bf16 (without a prologue; x is null); out [M,N] f32 or bf16; residual [M,N] f32 (may be out itself); bias [N] f32.
 // tap > 0: a row of x is K / tap pieces of tap values, ldtap apart: a convolution over rows (without a prologue).
+// width > 0: rows are the cells of a grid, width in a line; cell (l, c) begins at l * ldline + c * ldx of x.
 // rows, when given, is read at run time and replaces m: one recorded node serves every length up to m.
 // Prologues: rms_norm    x * rsqrt(mean(x^2) + eps) over K
 //            layer_norm  (x - mean) * rsqrt(var + eps) over K
@@ -10,6 +11,7 @@
 // Modulation: mod [R, ldmod] f32 | bf16; row m uses row mod_rows[m] (row 0 when mod_rows is null; ids outside [0, R)
 // are the caller's fault). Its scale, shift and gate start at columns mod_scale, mod_shift, mod_gate; -1: there is none.
 // ws: workspace_bytes(m, k) of engine/ops/gemm.py, used when M*K is too large for every thread to pack it for itself.
+// On a CPU rows pass in strips of kGemmStripBytes, so that ws stays in a cache however many there are.
 #pragma once
 #include "base/params.h"
 
@@ -23,8 +25,10 @@ namespace engine {
   F(float, eps) F(int32_t, act) F(int32_t, out_dtype) F(float, scale) F(const float*, pro_b)             \
   F(int32_t, pro_act) F(const void*, mod) F(int64_t, ldmod) F(int32_t, mod_dtype)                        \
   F(const int32_t*, mod_rows) F(int64_t, mod_scale) F(int64_t, mod_shift) F(int64_t, mod_gate)           \
-  F(int64_t, tap) F(int64_t, ldtap)
+  F(int64_t, tap) F(int64_t, ldtap) F(const uint16_t*, x16) F(int64_t, width) F(int64_t, ldline)
 ENGINE_PARAMS(GemmParams, ENGINE_GEMM_PARAMS)
+
+constexpr int64_t kGemmStripBytes = 16 << 20;
 
 // gemm_pack: rows [0,n) of src [n,k] (f32 | bf16 | f16, row stride lds) become rows [n0, n0+n) of a packed matrix.
 // Packed: panels of 16 output rows, K inside, 64-byte vectors of 16 rows x {1 f32 | 2 bf16 | 4 u8 | 8 u4} k values;

@@ -1,7 +1,8 @@
 // gemm: out = act(prologue(x) @ W.T + bias) * scale * gate + residual, W packed once at load
 // layout   gemm.h (operands), microkernel.h (tiles)
 // mapping  small M*K: every thread packs all rows for itself, then takes chunks of panels (no barrier);
-//          else rows are packed once into ws, barrier, then (row block, panel chunk) tasks, dynamic
+//          few panels and many rows: a tile of rows is packed and meets every panel before the next one (no barrier);
+//          else, strip by strip: rows are packed into ws, barrier, then (row block, panel chunk) tasks, dynamic
 // moves    W once per row block of <= 4 MB of A; x, out, residual once
 // tried    README.md
 #include "ops/gemm/gemm.h"
@@ -13,11 +14,22 @@ namespace {
 
 constexpr int64_t kPrivateBytes = 128 << 10;  // A that each thread may pack redundantly
 constexpr int64_t kBlockBytes = 4 << 20;      // A kept hot in the last-level cache
+constexpr int64_t kNarrowBytes = 768 << 10;   // W that stays in a core's own cache
 
 int64_t mod_row(const GemmParams& p, int64_t m) { return p.mod_rows ? p.mod_rows[m] : 0; }
 
+int64_t row_begin(const GemmParams& p, int64_t m) {
+  return p.width ? m / p.width * p.ldline + m % p.width * p.ldx : m * p.ldx;
+}
+
+// fn(to, from, n): n values of row m lie at `from` of x.
+template <class Fn> void each_piece(const GemmParams& p, int64_t m, Fn&& fn) {
+  const int64_t piece = p.tap ? p.tap : p.k;
+  for (int64_t at = 0, from = row_begin(p, m); at < p.k; at += piece, from += p.ldtap) fn(at, from, piece);
+}
+
 const float* prologue_row(const GemmParams& p, int64_t m, float* tmp) {
-  const float* x = p.x + m * p.ldx;
+  const float* x = p.x + row_begin(p, m);
   const float* z = p.z + m * p.ldz;
   switch (p.prologue) {
     case kProRmsNorm:
@@ -31,10 +43,27 @@ const float* prologue_row(const GemmParams& p, int64_t m, float* tmp) {
     case kProGatedGroupNorm: gated_group_norm_row(x, z, p.pro_w, p.k, p.norm_group, p.eps, tmp); return tmp;
     case kProGlu: glu_row(x, z, p.k, p.pro_act, tmp); return tmp;
     default:
+      if (p.x16) {
+        each_piece(p, m, [&](int64_t at, int64_t from, int64_t n) {
+          for (int64_t i = 0; i < n; i += 16) storen(tmp + at + i, loadn_bf16(p.x16 + from + i, n - i), n - i);
+        });
+        return tmp;
+      }
       if (!p.tap) return x;
-      for (int64_t at = 0; at < p.k; at += p.tap, x += p.ldtap) memcpy(tmp + at, x, size_t(p.tap) * 4);
+      each_piece(p, m, [&](int64_t at, int64_t from, int64_t n) { memcpy(tmp + at, p.x + from, size_t(n) * 4); });
       return tmp;
   }
+}
+
+// Row m in the units of the format; `tmp` holds one f32 row.
+void row_units(const GemmParams& p, int64_t m, float* tmp, const Units& out) {
+  if (p.x16 && p.format == kW_BF16 && kNativeBf16) {  // as it is
+    uint16_t* d = reinterpret_cast<uint16_t*>(out.u);
+    each_piece(p, m, [&](int64_t at, int64_t from, int64_t n) { memcpy(d + at, p.x16 + from, size_t(n) * 2); });
+    if (p.k & 1) d[p.k] = 0;
+    return;
+  }
+  to_units(p.format, prologue_row(p, m, tmp), p.k, p.group, out);
 }
 
 // Packs rows [m0, m0+mr) into a tile. `scratch` holds one f32 row and mr rows of units.
@@ -46,13 +75,11 @@ void pack_tile(const GemmParams& p, int64_t m0, int64_t mr, char* scratch, uint8
   if (mr == 1) {
     uint32_t* d = reinterpret_cast<uint32_t*>(tile);
     float* sc = reinterpret_cast<float*>(d + nu);
-    to_units(p.format, prologue_row(p, m0, row), p.k, p.group, {d, sc, reinterpret_cast<int32_t*>(sc + groups)});
+    row_units(p, m0, row, {d, sc, reinterpret_cast<int32_t*>(sc + groups)});
     return;
   }
   uint32_t* units = reinterpret_cast<uint32_t*>(corr + groups * kMaxRows);
-  for (int64_t r = 0; r < mr; ++r)
-    to_units(p.format, prologue_row(p, m0 + r, row), p.k, p.group,
-             {units + r * nu, scale + r * groups, corr + r * groups});
+  for (int64_t r = 0; r < mr; ++r) row_units(p, m0 + r, row, {units + r * nu, scale + r * groups, corr + r * groups});
   weave(p.format, p.k, p.group, mr, {units, scale, corr}, nu, groups, tile);
 }
 
@@ -88,29 +115,44 @@ void gemm(const GemmParams& p, Ctx& ctx) {
   const Tiles tiles = split_rows(m, max_rows(p.format));
   const int64_t tile_bytes = a_tile_bytes(p.format, tiles.rows(0), p.k, p.group);
   const bool priv = tiles.count * tile_bytes <= kPrivateBytes;
-  uint8_t* a = priv ? reinterpret_cast<uint8_t*>(ctx.scratch) + kScratchBytes - kPrivateBytes : p.ws;
-  if (priv) {
-    for (int64_t t = 0; t < tiles.count; ++t)
-      pack_tile(p, tiles.first(t), tiles.rows(t), ctx.scratch, a + t * tile_bytes);
-  } else {
-    for (int64_t t; (t = claim(ctx)) < tiles.count;)
-      pack_tile(p, tiles.first(t), tiles.rows(t), ctx.scratch, a + t * tile_bytes);
-    barrier(ctx);
+  uint8_t* own = reinterpret_cast<uint8_t*>(ctx.scratch) + kScratchBytes - kPrivateBytes;
+  if (!priv && panels * panel_bytes <= kNarrowBytes && tile_bytes <= kPrivateBytes && tiles.count >= 4 * ctx.n) {
+    for (int64_t t; (t = claim(ctx)) < tiles.count;) {
+      const int64_t m0 = tiles.first(t), mr = tiles.rows(t);
+      pack_tile(p, m0, mr, ctx.scratch, own);
+      run_panels(p.format, mr, own, p.w, panel_bytes, 0, panels, p.k, p.group,
+                 [&](int64_t q, int np, const float* c) { emit_block(p, m0, mr, q, np, c); });
+    }
+    return;
   }
-  const int64_t block = imax(1, imin(tiles.count, kBlockBytes / tile_bytes));
-  const int64_t blocks = ceil_div(tiles.count, block);
+  const int64_t strip = priv ? tiles.count : imax(1, kGemmStripBytes / tile_bytes);
+  uint8_t* a = priv ? own : p.ws;
   const int step = panels_for(p.format, tiles.rows(0));
   // At least four tasks per thread and row block, for a core that is disturbed.
   const int64_t most = imin(ceil_div(panels, 4 * ctx.n), tiles.count == 1 ? 64 : hot_panels(panel_bytes));
   const int64_t chunk = pick_chunk(panels, ctx.n, most, step);
   const int64_t chunks = ceil_div(panels, chunk);
-  for (int64_t task; (task = claim(ctx)) < blocks * chunks;) {
-    const int64_t t0 = (task / chunks) * block, t1 = imin(t0 + block, tiles.count);
-    const int64_t p0 = (task % chunks) * chunk, p1 = imin(p0 + chunk, panels);
-    for (int64_t t = t0; t < t1; ++t) {
-      const int64_t m0 = tiles.first(t), mr = tiles.rows(t);
-      run_panels(p.format, mr, a + t * tile_bytes, p.w, panel_bytes, p0, p1, p.k, p.group,
-                 [&](int64_t q, int np, const float* c) { emit_block(p, m0, mr, q, np, c); });
+  for (int64_t s0 = 0; s0 < tiles.count; s0 += strip) {
+    const int64_t count = imin(strip, tiles.count - s0);
+    const auto pack = [&](int64_t t) {
+      pack_tile(p, tiles.first(s0 + t), tiles.rows(s0 + t), ctx.scratch, a + t * tile_bytes);
+    };
+    if (priv) {
+      for (int64_t t = 0; t < count; ++t) pack(t);
+    } else {
+      if (s0) barrier(ctx);  // the strip before has been read
+      for (int64_t t; (t = claim(ctx)) < count;) pack(t);
+      barrier(ctx);
+    }
+    const int64_t block = imax(1, imin(count, kBlockBytes / tile_bytes));
+    for (int64_t task; (task = claim(ctx)) < ceil_div(count, block) * chunks;) {
+      const int64_t t0 = (task / chunks) * block, t1 = imin(t0 + block, count);
+      const int64_t p0 = (task % chunks) * chunk, p1 = imin(p0 + chunk, panels);
+      for (int64_t t = t0; t < t1; ++t) {
+        const int64_t m0 = tiles.first(s0 + t), mr = tiles.rows(s0 + t);
+        run_panels(p.format, mr, a + t * tile_bytes, p.w, panel_bytes, p0, p1, p.k, p.group,
+                   [&](int64_t q, int np, const float* c) { emit_block(p, m0, mr, q, np, c); });
+      }
     }
   }
 }

@@ -11,6 +11,7 @@
 
 #include "base/dtype.h"
 #include "base/ptx.cuh"
+#include "base/reduce.cuh"
 #include "ops/gemm/gemm.h"
 
 namespace engine::cuda {
@@ -57,11 +58,6 @@ inline Panels panels_of(const uint8_t* data, int format, int64_t n, int64_t k, i
 }
 
 // ------------------------------------------------------------------------------------------ small device functions
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(kFullWarp, v, o);
-  return v;
-}
 __device__ __forceinline__ float silu(float v) { return v / (1.f + expf(-v)); }
 __device__ __forceinline__ float activate(float v, int act) {
   switch (act) {

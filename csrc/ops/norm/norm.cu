@@ -1,6 +1,6 @@
 // norm: RMS or layer norm of rows, or none, with a sum in front, weight, bias, modulation and activation
-// layout   x, add, out row-major f32
-// mapping  a block per row; mean and square sum over the block in a fixed order, deviations from the mean
+// layout   x, add row-major f32, out f32 or bf16
+// mapping  a block per row of out; mean and square sum over the block in a fixed order, deviations from the mean
 // moves    x and add once (again from L1 or L2 for the second and third pass), out once
 // tried    README.md
 #include "ops/norm/norm.h"
@@ -8,6 +8,7 @@
 #include "base/dtype.h"
 #include "base/launch.h"
 #include "base/ptx.cuh"
+#include "base/reduce.cuh"
 #include "ops/gemm/gemv.cuh"
 
 namespace engine::cuda {
@@ -15,19 +16,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-// The sum over the block, in every thread. `sums` [kWarps] is free again behind the second barrier.
-__device__ __forceinline__ float block_sum(float v, float* sums) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
-  if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5] = v;
-  __syncthreads();
-  float total = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += sums[w];
-  __syncthreads();
-  return total;
-}
 
 __device__ __forceinline__ float modulation(const NormParams& p, int64_t at) {
   return p.mod_dtype == kBF16 ? bf16_to_f32(static_cast<const uint16_t*>(p.mod)[at])
@@ -37,18 +25,28 @@ __device__ __forceinline__ float modulation(const NormParams& p, int64_t at) {
 __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
   release_next();
   wait_for_previous();
-  const int64_t t = blockIdx.x, m = p.rows ? min(int64_t(*p.rows), p.m) : p.m;
-  if (t >= m) return;
+  const int64_t row = blockIdx.x, m = p.rows ? min(int64_t(*p.rows), p.m) : p.m;
+  if (row >= norm_rows(p.width, m)) return;
+  const int64_t t = p.width ? norm_cell(row, p.width, m) : row;
+  const auto put = [&](int64_t i, float v) {
+    if (p.out_dtype == kBF16)
+      static_cast<uint16_t*>(p.out)[row * p.ldo + i] = f32_to_bf16(v);
+    else
+      static_cast<float*>(p.out)[row * p.ldo + i] = v;
+  };
+  if (t < 0) {
+    for (int64_t i = threadIdx.x; i < p.k; i += kThreads) put(i, 0.f);
+    return;
+  }
   float* sums = reinterpret_cast<float*>(shared_memory());
   const float* x = p.x + t * p.ldx;
   const float* more = p.add ? p.add + t * p.ldadd : nullptr;
-  float* out = p.out + t * p.ldo;
   const auto value = [&](int64_t i) { return more ? x[i] + more[i] : x[i]; };
   float mean = 0.f;
   if (p.kind == kProLayerNorm) {
     float s = 0.f;
     for (int64_t i = threadIdx.x; i < p.k; i += kThreads) s += value(i);
-    mean = block_sum(s, sums) / float(p.k);
+    mean = block_sum<kWarps>(s, sums) / float(p.k);
   }
   float r = 1.f;
   if (p.kind != kProNone) {
@@ -57,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
       const float v = value(i) - mean;
       s = fmaf(v, v, s);
     }
-    r = 1.f / sqrtf(block_sum(s, sums) / float(p.k) + p.eps);
+    r = 1.f / sqrtf(block_sum<kWarps>(s, sums) / float(p.k) + p.eps);
   }
   const int64_t mod = (p.mod_rows ? p.mod_rows[t] : 0) * p.ldmod;
   for (int64_t i = threadIdx.x; i < p.k; i += kThreads) {
@@ -66,14 +64,14 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(NormParams p) {
     if (p.b) v += p.b[i];
     if (p.mod && p.mod_scale >= 0) v *= 1.f + modulation(p, mod + p.mod_scale + i);
     if (p.mod && p.mod_shift >= 0) v += modulation(p, mod + p.mod_shift + i);
-    out[i] = activate(v, p.act);
+    put(i, activate(v, p.act));
   }
 }
 
 }  // namespace
 
 void norm(const NormParams& p, void* stream) {
-  const Launch l = {unsigned(p.m), kThreads, kWarps * sizeof(float), stream, true};
+  const Launch l = {unsigned(norm_rows(p.width, p.m)), kThreads, kWarps * sizeof(float), stream, true};
   launch("norm", norm_kernel, l, p);
 }
 
