@@ -3,7 +3,7 @@
     pip install "quintet-engine[torch]"
     python examples/convert_momask.py out --tokenizer net_best_fid.tar --ddm latest.tar --mean Mean.npy --std Std.npy
 
-The engine itself reads safetensors only. Here `torch.load(weights_only=True)` unpickles tensors and plain containers,
+The engine itself reads safetensors only. Pickles are opened as convert_pickle.py does: tensors and plain containers,
 nothing that runs code; still, convert files whose origin you know. Taken are the state dicts under `vq_model` or `net`
 (tokenizer; it must have MoTok's diffusion decoder, `denoiser.*`) and `t2m_transformer` or `trans` (planners). A
 residual quantiser gives its first codebook. A text tower that a planner carries (`clip_model.*`) is left out: give
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from convert_pickle import unpickle
 
 from engine.blocks.motion import HUMANML3D_STATISTICS
 from engine.errors import CheckpointError, ConfigError, EngineError
@@ -39,10 +40,7 @@ def state_dict(path: Path, places: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The tensors of a pickle, as f32, without what wrappers of training put in front of their names."""
     import torch
 
-    try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:
-        raise CheckpointError(f"{path} is no pickle of tensors alone ({str(fault)[:200]})") from fault
+    whole = unpickle(path)
     if not isinstance(whole, Mapping):
         raise CheckpointError(f"{path} holds no dictionary")
     inner = next((whole[p] for p in places if isinstance(whole.get(p), Mapping)), whole)

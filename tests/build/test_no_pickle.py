@@ -9,7 +9,7 @@ import pytest
 from _layout import ROOT, files, name
 
 # For files of trainers that write nothing else: torch.load(..., weights_only=True), once.
-CONVERTER = "examples/convert_momask.py"
+CONVERTER = "examples/convert_pickle.py"
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 LOADERS = re.compile(r"^(torch|np|numpy|yaml|pandas|pd)\.(load|unsafe_load|full_load|read_pickle)$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from engine.models.motok.tokenizer_reference import Tokenizer
 __all__ = ["one_thread"]
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # what a script's own folder is to it
 _spec = importlib.util.spec_from_file_location("convert_momask", ROOT / "examples/convert_momask.py")
 assert _spec and _spec.loader
 converter = importlib.util.module_from_spec(_spec)
