@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from . import build
@@ -20,7 +15,8 @@ from engine.models.motok.config import Guidance, MoTokConfig
 from engine.models.motok.model import MoTok
 from engine.runtime import cuda
 
-MODELS = str(build.ROOT / "tests/models")
+from .beside import beside
+
 # Normalised error of joints and features; measured 6.3e-7 and 1.8e-8. In bf16, sums that differ in the last digit may
 # round to different operands.
 LIMITS = {"fp32": 1e-5, "bf16": 1e-3}
@@ -30,14 +26,7 @@ LIMITS = {"fp32": 1e-5, "bf16": 1e-3}
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_small_model_equals_the_cpu_tape(dtype: str) -> None:
     """Text, trajectories, both planners, guided and projected motions, tokens of a motion; every plan audited."""
-    build.module("plain")  # here, not in the worker's time
-    paths = os.pathsep.join([str(build.ROOT), MODELS, *sys.path])
-    command = [sys.executable, "-W", "ignore", "-m", "tests.emu.motion", "--dtype", dtype]
-    done = subprocess.run([*command, *(["--audit"] if dtype == "fp32" else [])], cwd=build.ROOT, capture_output=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = beside("motion", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
     assert found["same_codes"]
     assert found["same_tokens"] or dtype != "fp32"
     assert found["error"] <= LIMITS[dtype], found

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -21,6 +17,7 @@ from bench.sources import PUBLISHED
 from engine.models.nemotron.model import Nemotron
 from engine.runtime import cuda
 
+from .beside import beside
 from .driver import EmulatedCuda
 
 # Kernels of a decode step: in_proj, ssm, out_proj; route, up, down; qkv, split, combine, o_proj; and outside the
@@ -31,21 +28,12 @@ BUDGET = {"M": 3, "E": 3, "*": 4, "outside": 4, "all": 170}
 LIMITS = {"fp32": 5e-6, "bf16": 1e-3, "int8": 1e-2, "int4": 1e-2}
 
 
-def whole(*arguments: str) -> dict:
-    build.module("plain")  # here, not in the worker's time
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(build.ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-m", "tests.emu.whole", *arguments], cwd=build.ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LIMITS)
 def test_tiny_model_equals_the_cpu_tape(kind):
     """Prefill in Triton (interpreted) and 16 decoded tokens in CUDA (emulated), in plan order."""
     arguments = ("--quant", kind) if kind.startswith("int") else ("--dtype", kind)
-    found = whole(*arguments, *(["--audit"] if kind == "fp32" else []))
+    found = beside("whole", *arguments, *(["--audit"] if kind == "fp32" else []))
     assert found["prefill"] == ["cuda", "triton"] and found["decode"] == ["cuda"]
     assert found["same_tokens"], found
     assert found["error"] <= LIMITS[kind], found

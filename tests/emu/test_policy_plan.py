@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +18,8 @@ if build.compiler() is None:
 from engine.models.pi05.model import Pi05
 from engine.models.xvla.model import XVLA
 from engine.runtime import cuda
+
+from .beside import beside
 
 sys.path.insert(0, str(build.ROOT / "tests/models"))
 from _faster import small_folder, small_pi05, small_xvla
@@ -49,13 +48,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize(("kind", "dtype"), LIMITS)
 def test_small_policy_equals_the_cpu_tape(folders, kind: str, dtype: str) -> None:
     """Vision, prefix, tables of times and ten steps, with a committed action; two requests."""
-    build.module("plain")  # here, not in the worker's time
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(build.ROOT), *sys.path])}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.emu.policy", kind, str(folders[kind]), "--dtype", dtype]
-    done = subprocess.run([*command, *(["--audit"] if dtype == "fp32" else [])], cwd=build.ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    audit = ["--audit"] if dtype == "fp32" else []
+    found = beside("policy", kind, str(folders[kind]), "--dtype", dtype, *audit)
     assert found["error"] <= LIMITS[kind, dtype], found
     assert found["same_rows"]
     assert found["kinds"]["step"] == ["cuda", "triton"]

@@ -1,0 +1,24 @@
+"""A model on the emulated device beside the CPU, in a process of its own: what tests/emu/<module>.py prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from . import build
+
+MODELS = str(build.ROOT / "tests/models")  # whose helpers the modules import
+
+
+def beside(module: str, *arguments: str) -> dict[str, Any]:
+    """The JSON line of `python -m tests.emu.<module> arguments`, Triton interpreted; AssertionError with its errors."""
+    build.module("plain")  # here, not in the worker's time
+    paths = os.pathsep.join([str(build.ROOT), MODELS, *sys.path])
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.emu.{module}", *arguments]
+    done = subprocess.run(command, cwd=build.ROOT, capture_output=True, text=True, check=False,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
