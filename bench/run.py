@@ -1,4 +1,6 @@
-"""./run bench [ops|gemm|slice|full|flow|motok|reaction|model|plan|predict|gpu|readme] ...: see --help. Alone: ops."""
+"""./run bench [ops|gemm|slice|full|flow|motok|vega3d|reaction|model|plan|predict|gpu|readme] ...: see --help.
+
+Alone: ops."""
 
 from __future__ import annotations
 
@@ -27,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     motok.add_argument("--dtype", choices=["fp32", "bf16"], help="only this format (default: fp32, bf16 and int8)")
     motok.add_argument("--quant", choices=["int8"])
     motok.add_argument("--rounds", type=int, default=5)
+    vega3d = verbs.add_parser("vega3d", help="VEGA-3D's generator at full size against diffusers, and its fusion")
+    vega3d.add_argument("kinds", nargs="*", choices=["bf16", "int8", []], default=[])
+    vega3d.add_argument("--rounds", type=int, default=3)
     reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
     reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
     reaction.add_argument("--episodes", type=int, default=200)
@@ -78,6 +83,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("quantised weights are computed with in bf16; leave --dtype fp32 out")
         kind = a.quant or a.dtype
         run_motok([kind] if kind else None, a.rounds)
+    elif a.suite == "vega3d":
+        from bench.vega3d import main as run_vega3d
+
+        run_vega3d(a.kinds or ["bf16"], a.rounds)
     elif a.suite == "reaction":
         from bench.reaction import main as run_reaction
 

@@ -11,7 +11,9 @@ FAMILIES = {
     "pi05": ("engine.models.pi05.model", "Pi05"),
     "xvla": ("engine.models.xvla.model", "XVLA"),
     "motok": ("engine.models.motok.model", "MoTok"),
+    "generator": ("engine.models.vega3d.features", "GeneratorFeatures"),
 }
+GENERATORS = ("WanModel", "WanTransformer3DModel", "VaceWanModel", "WanVACETransformer3DModel")  # by _class_name
 OPENPI = "pi05"  # what a config.json with an action_horizon and no type belongs to
 MOTIONS = "motok"  # and one with a dataset
 
@@ -22,6 +24,8 @@ def family_of(folder: Path) -> tuple[dict, Any]:
     from engine.io.files import read_json
 
     path = folder / "config.json"
+    if not path.exists() and (folder / "transformer" / "config.json").exists():
+        path = folder / "transformer" / "config.json"  # a folder of diffusers
     if not path.exists():
         raise ConfigError(
             f"{folder} has no config.json; give a folder in the published layout (for weights of openpi without one, "
@@ -30,6 +34,8 @@ def family_of(folder: Path) -> tuple[dict, Any]:
     config = read_json(path, limit=32 << 20, error=ConfigError)
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is not a JSON object")
+    if config.get("_class_name") in GENERATORS:
+        return config, family("generator")
     if "model_type" not in config and "type" not in config and "action_horizon" in config:
         return config, family(OPENPI)
     if "model_type" not in config and "type" not in config and "dataset" in config:

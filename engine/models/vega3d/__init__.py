@@ -1,0 +1,1 @@
+"""VEGA-3D: a video generator's features fused into a multimodal language model."""
