@@ -142,6 +142,16 @@ def figure_table() -> str:
             roof = f"{r['gflop_s'] / r['matmul_gflop_s']:.0%} of torch.matmul's best"
             rows.append(_row("the same, 27 denoising steps alone", r["kind"], f"{r['seconds']:.2f} s", roof, "as above",
                              f"{r['opponent']} torch ×{r['ratio']:.2f}", data["file"]))  # fmt: skip
+    for r in newest("vega3d")["rows"]:
+        if r["what"] == "features":
+            quality = f"rms {r['rms']:.0e}, cosine {r['cosine']:.5f} of fp32 (3 blocks)"
+            rows.append(_row("VEGA-3D's generator, 1.3B, random weights, a frame 832 x 480 to block 20", r["kind"],
+                             f"{r['seconds']:.1f} s", "-", quality, f"diffusers bf16 ×{r['ratio']:.2f} (arithmetic "
+                             f"×{r['ratio_of_arithmetic']:.2f})", newest("vega3d")["file"]))  # fmt: skip
+        else:
+            rows.append(_row(f"gated_fuse, {r['rows']} x {r['width']}", "bf16", f"{r['ms']:.1f} ms",
+                             f"{r['share']:.0%} of read bandwidth", f"error {r['error']:.0e}",
+                             f"eager torch ×{r['ratio']:.0f}", newest("vega3d")["file"]))  # fmt: skip
     data = newest("gemm")
     for fmt in ("f32", "bf16"):
         mine = [r for r in data["rows"] if r["format"] == fmt and "vs_torch" in r]

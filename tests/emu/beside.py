@@ -13,6 +13,11 @@ from . import build
 MODELS = str(build.ROOT / "tests/models")  # whose helpers the modules import
 
 
+def problems(model: Any) -> list[str]:
+    """What an audit of every plan of a model finds, replayed once."""
+    return [f"{name}: {p}" for name, plan in model.plans.items() for p in plan.audit(model.arena, replays=1).problems]
+
+
 def beside(module: str, *arguments: str) -> dict[str, Any]:
     """The JSON line of `python -m tests.emu.<module> arguments`, Triton interpreted; AssertionError with its errors."""
     build.module("plain")  # here, not in the worker's time

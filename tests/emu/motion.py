@@ -19,6 +19,7 @@ from engine.models.motok.reference import MoTokReference
 from engine.ops.registry import error
 from engine.runtime import cuda
 
+from .beside import problems
 from .driver import EmulatedCuda
 
 
@@ -50,16 +51,13 @@ def main() -> int:
     _, cpu = run("cpu")
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")
-        problems = []
-        if args.audit:
-            for name, plan in m.plans.items():
-                problems += [f"{name}: {p}" for p in plan.audit(m.arena, replays=1).problems]
+        audit = problems(m) if args.audit else None
     print(json.dumps({
         "same_tokens": bool(np.array_equal(cpu["tokens"], gpu["tokens"])),
         "same_codes": bool(np.array_equal(cpu["found"], gpu["found"])),
         "error": max(error(gpu[k], cpu[k]) for k in ("joints", "features")),
         "kinds": sorted({n.impl for plan in m.plans.values() for n in plan.nodes}),
-        "plans": sorted(m.plans), "audit": problems if args.audit else None,
+        "plans": sorted(m.plans), "audit": audit,
     }))  # fmt: skip
     return 0
 

@@ -15,7 +15,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from engine.ops.registry import ops as registry
+
 from . import build, worker
+from .cases import kernels_of
 from .mutants import MUTANTS, SURVIVORS, Mutant
 
 TIMEOUT = 120.0  # seconds, for the cases of an op
@@ -31,8 +34,9 @@ def mutated(mutant: Mutant) -> dict[str, str]:
 
 
 def op_of(mutant: Mutant) -> str:
-    """The room that the file lies in."""
-    return Path(mutant.file).parts[1]
+    """The room that the file lies in; of a file that rooms share, that of the kernel."""
+    home, room = Path(mutant.file).parts[:2]
+    return room if home == "ops" else next(n for n, op in registry().items() if mutant.kernel in kernels_of(op))
 
 
 def verdict(mutant: Mutant, ops: str = "") -> str:

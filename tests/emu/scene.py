@@ -15,6 +15,7 @@ from _vega import random_generator
 from engine.ops.registry import error
 from engine.runtime import cuda
 
+from .beside import problems
 from .driver import EmulatedCuda
 
 
@@ -32,13 +33,10 @@ def main() -> int:
     _, cpu = run("cpu")
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")
-        problems = []
-        if args.audit:
-            for name, plan in m.plans.items():
-                problems += [f"{name}: {p}" for p in plan.audit(m.arena, replays=1).problems]
+        audit = problems(m) if args.audit else None
     print(json.dumps({
         "error": error(gpu, cpu), "kinds": sorted({n.impl for plan in m.plans.values() for n in plan.nodes}),
-        "audit": problems if args.audit else None,
+        "audit": audit,
     }))  # fmt: skip
     return 0
 

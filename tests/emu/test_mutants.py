@@ -22,6 +22,7 @@ def test_mutants_fit_their_files():
     assert set(SURVIVORS) <= {m.id for m in MUTANTS}
     for m in MUTANTS:
         mutated(m)
+        assert op_of(m) in ops(), f"{m.id} belongs to no room: nothing would run it"
 
 
 @pytest.mark.slow

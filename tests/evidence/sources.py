@@ -105,7 +105,7 @@ def hashes(room: str, layer: str) -> dict[str, str]:
         stat = (ROOT / name).stat()
         out[name] = _file_hash(name, (stat.st_mtime_ns, stat.st_size))
     if layer == "mutants":
-        out["tests/emu/mutants.py"] = hashlib.sha256(_mutants(room).encode()).hexdigest()[:16]
+        out["tests/emu/mutants"] = hashlib.sha256(_mutants(room).encode()).hexdigest()[:16]
     return out
 
 

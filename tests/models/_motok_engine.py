@@ -7,39 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from _motok import DERIVED, filled, statistics, uniform
+from _source import Tensors
 from torch import nn
 
 from engine.blocks.motion import Constraints, Waypoints
-from engine.io.tensors import TensorInfo
 from engine.models.motok.config import MoTokConfig
 from engine.models.motok.model import MoTok, load_options
 from engine.models.motok.planner_reference import hint, sample_ar, sample_ddm
 from engine.models.motok.reference import MoTokReference
 
 PREFIXES = {"tokenizer": "", "ddm": "ddm.", "ar": "ar.", "clip": "clip."}
-
-
-class Tensors:
-    """A dictionary as a source."""
-
-    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
-        self.tensors = tensors
-
-    def keys(self) -> list[str]:
-        return sorted(self.tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        array = self.tensors[name]
-        return TensorInfo(name, "F32", array.shape, array.nbytes)
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
-
-    def release(self, name: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Letters:

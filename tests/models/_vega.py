@@ -5,40 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from _source import Tensors
 
-from engine.io.checkpoint import TensorInfo
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
 
 
-class Filled:
-    """A Source of random fp32 tensors of given shapes: norms around one, the rest by fan-in."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.values = {}
-        for name, shape in shapes.items():
-            noise = rng.standard_normal(shape).astype(np.float32)
-            one = ("norm" in name or "gamma" in name) and not name.endswith("bias")
-            scale = 0.1 if one or len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
-            self.values[name] = one + np.float32(scale) * noise
-
-    def keys(self) -> list[str]:
-        return sorted(self.values)
-
-    def info(self, name: str) -> TensorInfo:
-        value = self.values[name]
-        return TensorInfo(name, "F32", value.shape, value.nbytes)
-
-    def read(self, name: str) -> np.ndarray:
-        return self.values[name]
-
-    def release(self, name: str) -> None:
-        """Nothing is mapped."""
-
-    def close(self) -> None:
-        """Nothing is open."""
+def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
+    """Random fp32 tensors: norms around one, the rest by fan-in."""
+    rng, values = np.random.default_rng(seed), {}
+    for name, shape in shapes.items():
+        noise = rng.standard_normal(shape).astype(np.float32)
+        one = ("norm" in name or "gamma" in name) and not name.endswith("bias")
+        scale = 0.1 if one or len(shape) < 2 else float(np.prod(shape[1:])) ** -0.5
+        values[name] = one + np.float32(scale) * noise
+    return Tensors(values)
 
 
 VAE = VaeConfig(dim=8, z=4, mult=(1, 2), blocks=1, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.7, 2.0, 1.0))
@@ -48,6 +30,6 @@ DIT = DitConfig(dim=48, ffn=64, heads=2, layers=3, channels=4, freq_dim=32, text
 def random_generator(device: str = "cpu", dtype: str = "fp32", **options) -> GeneratorFeatures:
     """A small generator on frames of 24 x 16, tapped behind block 1."""
     prompt = np.random.default_rng(9).standard_normal((1, DIT.text_dim)).astype(np.float32)
-    files = Files(DIT, VAE, Filled(dit_shapes(DIT), 1), Filled(vae_shapes(VAE), 2), prompt)
+    files = Files(DIT, VAE, filled(dit_shapes(DIT), 1), filled(vae_shapes(VAE), 2), prompt)
     given = {"size": (24, 16), "block": 1, "grid": (2, 3), "max_pixels": 4096, "progress": False} | options
     return GeneratorFeatures.load(Path("random"), source=files, device=device, dtype=dtype, **given)

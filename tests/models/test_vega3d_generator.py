@@ -385,6 +385,20 @@ def test_missing_parts_are_named(case, folder, tmp_path):
         loaded(case, to)
 
 
+def test_parts_that_do_not_belong_together_are_refused():
+    with pytest.raises(ConfigError, match="takes 16 latent channels, the VAE has 4"):
+        Tap().checked(DitConfig(), VaeConfig(z=4, mean=(0.0,) * 4, std=(1.0,) * 4))
+
+
+def test_a_plan_from_the_configuration_alone():
+    """Of the 1.3B transformer to its last block: bf16 weights as counted, half of them in int8."""
+    config = {"_class_name": "WanModel", "num_layers": 2}
+    parts = GeneratorFeatures.plan(config)
+    per_block = 2 * (3 + 1 + 1) * 1536**2 + 2 * 2 * 1536 * 8960
+    assert 2 * per_block < parts["weights"] < 2 * per_block + 0.3e9
+    assert GeneratorFeatures.plan(config, quant="int8")["weights"] < parts["weights"] - 0.9 * per_block
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

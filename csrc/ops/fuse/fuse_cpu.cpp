@@ -54,7 +54,7 @@ template <bool kHalf> ENGINE_INLINE char* row_of(void* p, int64_t row, int64_t l
 template <bool kHalf, class Ahead>
 ENGINE_INLINE void emit(const GatedFuseParams& p, int64_t r, const float* o, float squares, Ahead&& ahead) {
   const int64_t row = p.order ? p.order[r] : r;
-  char *out = row_of<kHalf>(p.out, row, p.ldo), *normed = row_of<kHalf>(p.normed, row, p.ldn);
+  char* out = row_of<kHalf>(p.out, row, p.ldo);
   const bool past = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (!p.normed) {
     lanes(
@@ -64,6 +64,7 @@ ENGINE_INLINE void emit(const GatedFuseParams& p, int64_t r, const float* o, flo
         });
     return;
   }
+  char* normed = row_of<kHalf>(p.normed, row, p.ldn);
   const bool past_too = reinterpret_cast<uintptr_t>(normed) % 64 == 0;
   const F16 scale = set1(1.f / sqrtf(squares / float(p.d) + p.norm_eps));
   lanes(

@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from engine.blocks.observation.images import MAX_SIDE
+from engine.blocks.scene.boxes import FAR
 from engine.blocks.scene.frames import MAX_FRAMES, check_total
 from engine.blocks.scene.resizing import center_window
 from engine.errors import InputError
 from engine.io.values import show
 
-MAX_SIDE = 8192
 #: Metres; floats above this are millimetres by mistake.
 MAX_DEPTH = 1000.0
-#: Metres; nothing of a scene is farther from the origin.
-FAR = 1e6
 RULES = ("resize", "center_crop")
 
 

@@ -116,7 +116,7 @@ def scan2cap_scores(
         captions: one for each object.
         references: one or more for each object.
         overlaps: [N] IoU of the boxes that were captioned with the objects'; None: the objects' own boxes. Below the
-            threshold a caption is left empty, which adds nothing to CIDEr and no words to BLEU.
+            threshold a caption is left empty: it adds nothing to CIDEr, and to BLEU the two words around it.
         threshold: of IoU.
 
     Raises:

@@ -56,6 +56,8 @@ class Files:
         """
         inside = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
         config = DitConfig.from_json(read_config(inside, "config.json"))
+        if config.kind != "t2v":
+            raise ConfigError(f"{inside} is a generator of kind {config.kind!r}; only 't2v' is supported so far")
         vae_file = next((folder / name for name in VAE_FILES if (folder / name).exists()), None)
         if vae_file is None:
             raise CheckpointError(
@@ -76,8 +78,6 @@ class Files:
                 f"output for an empty prompt) nor the text encoder ({', '.join(TEXT_ENCODERS)}) to make it with; "
                 "convert wan_prompt_embedding.pt with examples/convert_pickle.py"
             )
-        if config.kind != "t2v":
-            raise ConfigError(f"{inside} is a generator of kind {config.kind!r}; only 't2v' is supported so far")
         prompt = _checked_prompt(prompt, config)
         return Files(config, vae, Checkpoint(inside, "diffusion_pytorch_model"), SafetensorsFile(vae_file), prompt)
 
@@ -179,6 +179,14 @@ class GeneratorFeatures(Model):
         files = Files(dit, vae, *shapes, np.zeros((1, dit.text_dim), np.float32))
         return cls(files, tap.checked(dit, vae), name="sketch", device=device, dtype=dtype, quant=quant, strict=False,
                    per_pass=per_pass, max_pixels=MAX_PIXELS, progress=False, dry=True)  # fmt: skip
+
+    @classmethod
+    def plan(
+        cls, config: dict, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None
+    ) -> dict[str, int]:
+        """Bytes by part of a load with the published VAE and default options, from the transformer's config alone."""
+        sketch = cls.sketch(DitConfig.from_json(config), VaeConfig(), Tap(), device=device, dtype=dtype, quant=quant)
+        return dict(sketch.memory().parts)
 
     @property
     def node_budgets(self) -> dict[str, int]:

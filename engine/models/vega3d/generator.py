@@ -47,9 +47,8 @@ def bilinear(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
     """(cells i32 [m, 2], shares f32 [m, 2]) that m samples take of n, between the centres of cells and without
     antialias; places in fp32, as torch computes them."""
     f = np.float32
-    at = np.maximum((np.arange(m) + 0.5) * np.float64(f(n / m)) - 0.5, 0).astype(
-        f
-    )  # one rounding: a fused multiply-add
+    # Rounded once, as a fused multiply-add is.
+    at = np.maximum((np.arange(m) + 0.5) * np.float64(f(n / m)) - 0.5, 0).astype(f)
     low = np.minimum(at.astype(np.int32), n - 1)
     share = at - low.astype(f)
     return np.stack([low, np.minimum(low + 1, n - 1)], 1), np.stack([1 - share, share], 1)
@@ -167,6 +166,7 @@ class Generator:
         height, width = frame.shape[:2]
         if (height, width) != self._frame:
             cells, shares = crop_of(height, width, self.tap)
+            self._frame = (0, 0)  # neither, until both are written
             self._crop.rows.write(cells.reshape(-1))
             self._crop.weights.write(shares.reshape(-1))
             self._frame = (height, width)

@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.io.files import read_json
 from engine.io.values import choice, integer, number, show
+from engine.models import GENERATORS
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_SIDE = 4096  # pixels
@@ -94,8 +95,8 @@ class DitConfig:
         o, d = _object("generator", value), DitConfig()
         name = o.get("_class_name", "WanModel")
         diffusers = "attention_head_dim" in o
-        if name not in ("WanModel", "VaceWanModel", "WanTransformer3DModel", "WanVACETransformer3DModel"):
-            raise ConfigError(f"generator _class_name = {show(name)} is not supported; WanModel and VaceWanModel are")
+        if name not in GENERATORS:
+            raise ConfigError(f"generator _class_name = {show(name)} is not one of {', '.join(GENERATORS)}")
         if diffusers:
             heads = integer("num_attention_heads", o.get("num_attention_heads", d.heads), 1, 1024)
             dim = heads * integer("attention_head_dim", o["attention_head_dim"], 2, 1024)
@@ -149,6 +150,10 @@ class Tap:
 
     def checked(self, dit: DitConfig, vae: VaeConfig) -> Tap:
         """With `block` counted from 0; ConfigError names what does not fit."""
+        if dit.channels != vae.z:
+            raise ConfigError(
+                f"the transformer takes {dit.channels} latent channels, the VAE has {vae.z}; they belong to others"
+            )
         size, grid = _pair("size", self.size), None if self.grid is None else _pair("grid", self.grid)
         (w, h), step = size, vae.factor * dit.patch
         if not all(isinstance(n, int) and step <= n <= MAX_SIDE and n % step == 0 for n in (w, h)):

@@ -1,4 +1,4 @@
-"""The generator in plain torch, as published: what the engine's folded plans must give (specification, section 2.5).
+"""The generator in plain torch, as published: what the folded plans must give (Wan 2.1, technical report, 2025).
 
 Weights are mappings of tensors under the original names; everything is differentiable, so trainers use it too.
 """

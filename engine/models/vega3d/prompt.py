@@ -1,4 +1,4 @@
-"""The text encoder's output for an empty text, without a text encoder at run time (UMT5; specification, section 2.8).
+"""The text encoder's output for an empty text, without a text encoder at run time (UMT5; Chung et al. 2023).
 
 An empty text is one token, </s>. Alone in its sequence it attends to itself: attention is the product of the value and
 output matrices, and no position plays a part. So a layer is a few matrix-vector products, read from disk one after
@@ -23,9 +23,8 @@ EPS = 1e-6
 FILES = ("models_t5_umt5-xxl-enc-bf16.safetensors", "text_encoder")
 _MAX_LAYERS = 1024
 _THEIRS = "encoder.block"
-_RULES: list[Rule] = [
+_RULES: list[Rule] = [  # of transformers; the original names are kept
     ("shared.", "token_embedding."),
-    ("encoder.embed_tokens.", None),  # the same tensor again
     ("encoder.final_layer_norm.", "norm."),
     (re.compile(_THEIRS + r"\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\."), None),
     (re.compile(_THEIRS + r"\.(\d+)\.layer\.0\.SelfAttention\."), r"blocks.\1.attn."),
@@ -54,9 +53,8 @@ def empty_text(path: Path) -> np.ndarray:
 def embed(source: Source) -> np.ndarray:
     """f32 [1, text_dim]: the encoder on </s> alone, in fp64."""
     keys = list(source.keys())
-    theirs = any(k.startswith(f"{_THEIRS}.") for k in keys)
-    view = MappedSource(source, _RULES if theirs and "shared.weight" in keys else
-                        [("encoder.embed_tokens.", "token_embedding."), *_RULES[2:]] if theirs else [])  # fmt: skip
+    twice = "shared.weight" in keys  # the table may have one name of two, or both
+    view = MappedSource(source, [("encoder.embed_tokens.", None if twice else "token_embedding."), *_RULES])
     read = Packer(view, Arena(dry=True))
     table = view.info("token_embedding.weight")
     if len(table.shape) != 2 or table.shape[0] <= END:
