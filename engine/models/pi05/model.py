@@ -8,12 +8,12 @@ step_b     one flow step of b chunks: five nodes per layer of the expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, Modulations, decoder_layer
 from engine.blocks.observation import InputProfile, ModelInput, lerobot_pi05, openpi_pi05, relative_mask
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.policy_options import norms_of
@@ -22,10 +22,10 @@ from engine.blocks.transformer import TowerBuffers, tower_layer
 from engine.blocks.weights import Shapes
 from engine.io.checkpoint import Source
 from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Pi05Config
-from engine.models.pi05.weights import Layer, Weights, load_weights, shapes
+from engine.models.pi05.weights import Weights, load_weights, shapes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
-from engine.ops.attention import KVCache, attention, rope_table
+from engine.ops.attention import KVCache, rope_table
 from engine.ops.conv import conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather
@@ -33,18 +33,7 @@ from engine.ops.gemm import Modulation, gemm
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.plan import capture
 
-NODES_PER_LAYER = 5
 NODES_OUTSIDE = 4  # of a step: begin, action_in, action_out, end
-
-
-@dataclass
-class Stack:
-    """Workspace of a Gemma stack: the stream x [M, D], qkv, mixed heads, gate and up."""
-
-    x: Tensor
-    qkv: Tensor
-    mixed: Tensor
-    gate_up: Tensor
 
 
 class Pi05(FlowPolicy):
@@ -79,7 +68,7 @@ class Pi05(FlowPolicy):
         views, batch, horizon = len(c.image_keys), o.batch, c.horizon
         room = views * v.tokens + c.tokenizer_max_length  # of a prefix
         kv = "bf16" if o.dtype == "bf16" else "f32"
-        q, width = t.heads * t.head_dim, (t.heads + 2 * t.kv_heads) * t.head_dim
+        q = t.heads * t.head_dim
 
         def ws(name: str, *shape: int, dtype: str = "f32") -> Tensor:
             return arena.alloc(name, shape, dtype)
@@ -87,9 +76,9 @@ class Pi05(FlowPolicy):
         def io(name: str, *shape: int, dtype: str = "i32") -> Tensor:
             return arena.alloc(name, shape, dtype, "io")
 
-        def stack(name: str, m: int, d: int, mlp: int) -> Stack:
-            return Stack(ws(f"{name}.x", m, d), ws(f"{name}.qkv", m, width), ws(f"{name}.mixed", m, q),
-                         ws(f"{name}.gate_up", m, 2 * mlp))  # fmt: skip
+        def stack(name: str, m: int, d: int, mlp: int) -> DecoderBuffers:
+            widths = DecoderBuffers.widths(d, t.heads, t.kv_heads, t.head_dim, mlp)
+            return DecoderBuffers(**{k: ws(f"{name}.{k}", m, n) for k, n in widths.items()}, ws=self._ws)
 
         m = views * v.tokens
         self._images = io("images", views, v.image_size, v.image_size, 3, dtype="f32")
@@ -102,14 +91,20 @@ class Pi05(FlowPolicy):
         self._view_ids, self._tokens = io("view_ids", m), io("tokens", c.tokenizer_max_length)
         self._rows, self._text_rows, self._zero = io("rows", 1), io("text_rows", 1), io("zero", max(views, 1))
         self._length = io("length", batch)  # tokens of each prefix
+        ctx = -(-(room + horizon) // 16) * 16
+        vision_ctx = -(-v.tokens // 16) * 16
+        sizes = [gemm_op.workspace_bytes(a, b) for a, b in (
+            (m, max(v.width, v.mlp, 3 * v.patch_size**2)), (room, max(t.width, t.mlp, q)),
+            (batch * horizon, max(e.width, e.mlp, q, c.action_dim)), (o.time_rows, e.width))]  # fmt: skip
+        sizes.append(attention_op.workspace_bytes(room, t.heads, t.head_dim, ctx))
+        sizes.append(attention_op.workspace_bytes(v.tokens, v.heads, v.head_dim, vision_ctx))
+        self._ws = ws("ws", max(sizes), dtype="u8")
         self._trunk = stack("trunk", room, t.width, t.mlp)
         self._expert = stack("expert", batch * horizon, e.width, e.mlp)
-        ctx = -(-(room + horizon) // 16) * 16
         self._caches = [KVCache.empty(arena, f"kv.{i}", t.kv_heads, t.head_dim, ctx, kv, batch) for i in range(t.depth)]
         self._rope = arena.alloc("rope", (ctx, t.head_dim), "f32", "weights")
         if not arena.dry:
             self._rope.write(rope_table(np.arange(ctx), t.head_dim, ROPE_THETA))
-        vision_ctx = -(-v.tokens // 16) * 16
         cache = KVCache.empty(arena, "vision.kv", v.heads, v.head_dim, vision_ctx, kv, views, "workspace")
         flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, horizon, c.action_dim, o.dims, o.ring)
         self._actions = ws("actions", batch * horizon, c.action_dim)
@@ -121,12 +116,6 @@ class Pi05(FlowPolicy):
         self._hidden_times = ws("times.hidden", o.time_rows, e.width)
         self._condition = ws("times.condition", o.time_rows, e.width)
         self._time_count = io("time_count", 1)
-        sizes = [gemm_op.workspace_bytes(a, b) for a, b in (
-            (m, max(v.width, v.mlp, 3 * v.patch_size**2)), (room, max(t.width, t.mlp, q)),
-            (batch * horizon, max(e.width, e.mlp, q, c.action_dim)), (o.time_rows, e.width))]  # fmt: skip
-        sizes.append(attention_op.workspace_bytes(room, t.heads, t.head_dim, ctx))
-        sizes.append(attention_op.workspace_bytes(v.tokens, v.heads, v.head_dim, vision_ctx))
-        self._ws = ws("ws", max(sizes), dtype="u8")
         self._tower = TowerBuffers(**tower, cache=cache, pos=self._zero, ws=self._ws)
         return flow
 
@@ -167,37 +156,16 @@ class Pi05(FlowPolicy):
 
     def _read(self, n: int, b: int) -> None:
         """n views and the prompt through the trunk, into the caches of chunk b."""
-        v, t, w, s = self.config.vision, self.config.trunk, self.weights, self._trunk
+        v, t, w = self.config.vision, self.config.trunk, self.weights
         images, text = n * v.tokens, self.config.tokenizer_max_length
-
-        def rows(x: Tensor) -> Tensor:
-            return x.slice(0, (images + text, x.shape[1]))
-
-        s = Stack(rows(s.x), rows(s.qkv), rows(s.mixed), rows(s.gate_up))
+        s = self._trunk.first(images + text)
         gather(self._views, self._view_ids.slice(0, (images,)), s.x.slice(0, (images, t.width)), label="views")
         gather(w.embed, self._tokens, s.x.slice(images * t.width, (text, t.width)), rows=self._text_rows,
                label="prompt")  # fmt: skip
         for i, layer in enumerate(w.trunk):
-            self._trunk_layer(i, layer, s, self._caches[i].sequences(b, 1))
-
-    def _trunk_layer(self, i: int, w: Layer, s: Stack, cache: KVCache) -> None:
-        t, ws, rows = self.config.trunk, self._ws, self._rows
-        q, kv = t.heads * t.head_dim, t.kv_heads * t.head_dim
-        normed: dict[str, Any] = {"prologue": "rms", "eps": NORM_EPS, "rows": rows, "ws": ws}
-        common: dict[str, Any] = {"heads": t.heads, "rows": rows, "ws": ws, "causal": False, "rope": self._rope}
-        zero = self._zero.slice(0, (1,))
-        if w.o_proj is None or w.gate_up is None or w.down is None:  # the last layer: only keys and values are read
-            gemm(s.x, w.qkv, s.qkv.columns(q, 2 * kv), label=f"{i}.kv", **normed)
-            attention(None, s.qkv.columns(q, kv), s.qkv.columns(q + kv, kv), cache, zero, None, label=f"{i}.append",
-                      **common)  # fmt: skip
-            return
-        gemm(s.x, w.qkv, s.qkv, label=f"{i}.qkv", **normed)
-        attention(s.qkv.columns(0, q), s.qkv.columns(q, kv), s.qkv.columns(q + kv, kv), cache, zero, s.mixed,
-                  label=f"{i}.attention", **common)  # fmt: skip
-        gemm(s.mixed, w.o_proj, s.x, residual=s.x, rows=rows, ws=ws, label=f"{i}.o_proj")
-        gemm(s.x, w.gate_up, s.gate_up, label=f"{i}.gate_up", **normed)
-        gemm(s.gate_up.columns(0, t.mlp), w.down, s.x, prologue="glu", gate=s.gate_up.columns(t.mlp, t.mlp),
-             pro_act="gelu_tanh", residual=s.x, rows=rows, ws=ws, label=f"{i}.down")  # fmt: skip
+            decoder_layer(layer, s, self._caches[i].sequences(b, 1), self._zero.slice(0, (1,)), heads=t.heads,
+                          eps=NORM_EPS, rope=self._rope, act="gelu_tanh", causal=False, rows=self._rows,
+                          label=f"{i}")  # fmt: skip
 
     def _modulate(self, slot: int) -> None:
         """Modulations of the flow times whose sinusoids lie in `times`, into a slot of the table."""
@@ -214,12 +182,12 @@ class Pi05(FlowPolicy):
         """One flow step of chunks 0..batch."""
         c, g, w, ws = self.config, self.config.expert, self.weights, self._ws
         state, m = self.flow_of(batch), batch * c.horizon
-        q, kv, d = g.heads * g.head_dim, g.kv_heads * g.head_dim, g.width
+        d = g.width
 
         def rows(t: Tensor) -> Tensor:
             return t.slice(0, (m, t.shape[1]))
 
-        s = Stack(*(rows(t) for t in vars(self._expert).values()))
+        s = self._expert.first(m)
         actions, velocity, times = rows(self._actions), rows(self._velocity), self._time_rows.slice(0, (m,))
         pos = self._length.slice(0, (batch,))
 
@@ -230,18 +198,10 @@ class Pi05(FlowPolicy):
         flow_begin(state, actions, times, label="begin")
         gemm(actions, w.action_in, s.x, bias=w.action_in_bias, ws=ws, label="action_in")
         for i, layer in enumerate(w.expert):
-            assert layer.o_proj is not None and layer.gate_up is not None and layer.down is not None
-            first, second = 2 * i, 2 * i + 1
-            gemm(s.x, layer.qkv, s.qkv, prologue="rms", modulation=mod(first), eps=NORM_EPS, ws=ws, label=f"{i}.qkv")
-            attention(s.qkv.columns(0, q), s.qkv.columns(q, kv), s.qkv.columns(q + kv, kv),
-                      self._caches[i].first(batch), pos, s.mixed, heads=g.heads, causal=False, rope=self._rope, ws=ws,
-                      label=f"{i}.attention")  # fmt: skip
-            gemm(s.mixed, layer.o_proj, s.x, residual=s.x, modulation=mod(first, gate=True), ws=ws, label=f"{i}.o_proj")
-            gemm(s.x, layer.gate_up, s.gate_up, prologue="rms", modulation=mod(second), eps=NORM_EPS, ws=ws,
-                 label=f"{i}.gate_up")  # fmt: skip
-            gemm(s.gate_up.columns(0, g.mlp), layer.down, s.x, prologue="glu", gate=s.gate_up.columns(g.mlp, g.mlp),
-                 pro_act="gelu_tanh", residual=s.x, modulation=mod(second, gate=True), ws=ws,
-                 label=f"{i}.down")  # fmt: skip
+            one, two = 2 * i, 2 * i + 1
+            decoder_layer(layer, s, self._caches[i].first(batch), pos, heads=g.heads, eps=NORM_EPS, rope=self._rope,
+                          act="gelu_tanh", causal=False, label=f"{i}",
+                          modulations=Modulations(mod(one), mod(one, True), mod(two), mod(two, True)))  # fmt: skip
         gemm(s.x, w.action_out, velocity, prologue="rms", modulation=mod(2 * g.depth), eps=NORM_EPS,
              bias=w.action_out_bias, ws=ws, label="action_out")  # fmt: skip
         flow_end(state, velocity, label="end")

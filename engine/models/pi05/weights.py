@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
+from engine.blocks.decoder import DecoderLayer
 from engine.blocks.transformer import TowerLayer
 from engine.blocks.weights import Packer, Recipe
 from engine.io.checkpoint import MappedSource, Source, expect
@@ -122,16 +123,6 @@ def unread(config: Pi05Config) -> frozenset[str]:
 
 # ------------------------------------------------------------------------------------------------------ packed
 @dataclass
-class Layer:
-    """One Gemma layer; of the last trunk layer only qkv is there, and holds no q."""
-
-    qkv: PackedMatrix
-    o_proj: PackedMatrix | None
-    gate_up: PackedMatrix | None
-    down: PackedMatrix | None
-
-
-@dataclass
 class Weights:
     """The packed model. Norm weights of the trunk are folded into the products behind them."""
 
@@ -144,8 +135,8 @@ class Weights:
     projector: PackedMatrix
     projector_bias: Tensor
     embed: Tensor  # times sqrt(width)
-    trunk: list[Layer]
-    expert: list[Layer]
+    trunk: list[DecoderLayer]
+    expert: list[DecoderLayer]
     modulation: PackedMatrix  # every adaptive norm, in the order in which they are used
     modulation_bias: Tensor
     time_in: PackedMatrix
@@ -184,7 +175,7 @@ class Loader(Packer):
             self.vector(f"{p}.mlp.fc2.bias"),
         )  # fmt: skip
 
-    def layer(self, stack: str, i: int, *, folded: bool, last: bool = False) -> Layer:
+    def layer(self, stack: str, i: int, *, folded: bool, last: bool = False) -> DecoderLayer:
         """folded: the norms in front of qkv and gate_up go into their columns, as 1 + weight."""
         p, role = f"{stack}layers.{i}", "trunk" if stack == TRUNK else "expert"
         g = self.c.trunk if stack == TRUNK else self.c.expert
@@ -199,8 +190,8 @@ class Loader(Packer):
         qkv = [f"self_attn.{w}_proj" for w in ("kv" if last else "qkv")]
         first = product("qkv", qkv, g.width, "input_layernorm")
         if last:
-            return Layer(first, None, None, None)
-        return Layer(
+            return DecoderLayer(first, None, None, None)
+        return DecoderLayer(
             first,
             product("o_proj", ["self_attn.o_proj"], g.heads * g.head_dim),
             product("gate_up", ["mlp.gate_proj", "mlp.up_proj"], g.width, "post_attention_layernorm"),
