@@ -47,8 +47,8 @@ class DecoderBuffers:
 
     def first(self, m: int) -> DecoderBuffers:
         """The same memory, seen as m rows."""
-        parts = (t.slice(0, (m, t.shape[1])) for t in (self.x, self.qkv, self.mixed, self.gate_up))
-        return DecoderBuffers(*parts, self.ws)
+        x, qkv, mixed, gate_up = (t.slice(0, (m, t.shape[1])) for t in (self.x, self.qkv, self.mixed, self.gate_up))
+        return DecoderBuffers(x, qkv, mixed, gate_up, self.ws)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ def decoder_layer(
                   rope=rope, rows=rows, ws=ws, label=f"{label}.append")  # fmt: skip
         return
     gemm(b.x, w.qkv, b.qkv, prologue="rms", norm=w.norm1, eps=eps, bias=w.qkv_bias, rows=rows, ws=ws,
-         modulation=mod and mod.attention, label=f"{label}.qkv")  # fmt: skip
+         modulation=mod.attention if mod else None, label=f"{label}.qkv")  # fmt: skip
     attention(b.qkv.columns(0, q), b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), cache, pos, b.mixed, heads=heads,
               causal=causal, rope=rope, rows=rows, ws=ws, label=f"{label}.attention")  # fmt: skip
-    gemm(b.mixed, w.o_proj, b.x, residual=b.x, modulation=mod and mod.attention_gate, rows=rows, ws=ws,
+    gemm(b.mixed, w.o_proj, b.x, residual=b.x, modulation=mod.attention_gate if mod else None, rows=rows, ws=ws,
          label=f"{label}.o_proj")  # fmt: skip
     gemm(b.x, w.gate_up, b.gate_up, prologue="rms", norm=w.norm2, eps=eps, rows=rows, ws=ws,
-         modulation=mod and mod.mlp, label=f"{label}.gate_up")  # fmt: skip
+         modulation=mod.mlp if mod else None, label=f"{label}.gate_up")  # fmt: skip
     half = b.gate_up.shape[1] // 2
     gemm(b.gate_up.columns(0, half), w.down, b.x, prologue="glu", gate=b.gate_up.columns(half, half), pro_act=act,
-         residual=b.x, modulation=mod and mod.mlp_gate, rows=rows, ws=ws, label=f"{label}.down")  # fmt: skip
+         residual=b.x, modulation=mod.mlp_gate if mod else None, rows=rows, ws=ws, label=f"{label}.down")  # fmt: skip

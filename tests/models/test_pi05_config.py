@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.blocks.siglip import SiglipConfig
 from engine.errors import ConfigError
-from engine.models.pi05.config import Gemma, Pi05Config, Vision
+from engine.models.pi05.config import Gemma, Pi05Config
 from engine.models.pi05.weights import shapes, unread
 
 IMAGE = {"type": "VISUAL", "shape": [3, 224, 224]}
@@ -36,7 +37,7 @@ def base(*drop: str, **more):
 
 
 def test_published_values():
-    assert WANT.vision == Vision(1152, 27, 16, 4304, 14, 224)
+    assert WANT.vision == SiglipConfig(1152, 27, 16, 4304, 14, 224)
     assert (WANT.vision.tokens, WANT.vision.head_dim) == (256, 72)
     assert WANT.trunk == Gemma(2048, 18, 16384, 8, 1, 256)
     assert WANT.expert == Gemma(1024, 18, 4096, 8, 1, 256)

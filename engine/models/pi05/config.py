@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.blocks.siglip import SiglipConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.io.checkpoint import Checkpoint, Source
 from engine.io.files import member, read_json
@@ -70,27 +71,6 @@ _EXPERT = ("expert_hidden_size", "num_hidden_layers", "expert_intermediate_size"
 
 
 @dataclass(frozen=True)
-class Vision:
-    """SigLIP tower: square images of `image_size` pixels in patches of `patch_size`."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    patch_size: int
-    image_size: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one view."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-@dataclass(frozen=True)
 class Gemma:
     """One Gemma stack; the trunk and the action expert share depth and head geometry."""
 
@@ -131,7 +111,7 @@ class Pi05Config:
     num_heads, intermediate_size. Head counts are the only sizes that tensors do not show (default 8, and 16 in vision).
     """
 
-    vision: Vision
+    vision: SiglipConfig
     trunk: Gemma
     expert: Gemma
     vocab_size: int
@@ -222,8 +202,9 @@ class Pi05Config:
         depth = sizes["num_hidden_layers"]
         known = {*_SIZES, *_COUNTS, *_READ}
         config = cls(
-            vision=Vision(sizes["vision_hidden_size"], sizes["vision_num_hidden_layers"], sizes["vision_num_heads"],
-                          sizes["vision_intermediate_size"], sizes["patch_size"], sizes["image_size"]),
+            vision=SiglipConfig(sizes["vision_hidden_size"], sizes["vision_num_hidden_layers"],
+                                sizes["vision_num_heads"], sizes["vision_intermediate_size"], sizes["patch_size"],
+                                sizes["image_size"]),
             trunk=Gemma(sizes["hidden_size"], depth, sizes["intermediate_size"], *heads),
             expert=Gemma(sizes["expert_hidden_size"], depth, sizes["expert_intermediate_size"], *heads),
             vocab_size=sizes["vocab_size"],

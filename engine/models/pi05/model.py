@@ -18,7 +18,8 @@ from engine.blocks.observation import InputProfile, ModelInput, lerobot_pi05, op
 from engine.blocks.policy import FlowPolicy
 from engine.blocks.policy_options import norms_of
 from engine.blocks.schedule import ScheduleTable
-from engine.blocks.transformer import TowerBuffers, tower_layer
+from engine.blocks.siglip import SiglipTower
+from engine.blocks.siglip import workspace_bytes as siglip_bytes
 from engine.blocks.weights import Shapes
 from engine.io.checkpoint import Source
 from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Pi05Config
@@ -26,7 +27,6 @@ from engine.models.pi05.weights import Weights, load_weights, shapes
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops.attention import KVCache, rope_table
-from engine.ops.conv import conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
 from engine.ops.gather import gather
 from engine.ops.gemm import Modulation, gemm
@@ -81,10 +81,6 @@ class Pi05(FlowPolicy):
             return DecoderBuffers(**{k: ws(f"{name}.{k}", m, n) for k, n in widths.items()}, ws=self._ws)
 
         m = views * v.tokens
-        self._images = io("images", views, v.image_size, v.image_size, 3, dtype="f32")
-        self._patches = ws("patches", m, 3 * v.patch_size**2)
-        tower = {"x": ws("vision.x", m, v.width), "qkv": ws("vision.qkv", m, 3 * v.width),
-                 "mixed": ws("vision.mixed", m, v.width), "hidden": ws("vision.hidden", m, v.mlp)}  # fmt: skip
         self._seen = ws("vision.out", m, t.width)
         # Tokens of each view as last computed: a camera that did not move is not looked at again.
         self._views = arena.alloc("views", (m, t.width), "f32", "state")
@@ -92,20 +88,19 @@ class Pi05(FlowPolicy):
         self._rows, self._text_rows, self._zero = io("rows", 1), io("text_rows", 1), io("zero", max(views, 1))
         self._length = io("length", batch)  # tokens of each prefix
         ctx = -(-(room + horizon) // 16) * 16
-        vision_ctx = -(-v.tokens // 16) * 16
         sizes = [gemm_op.workspace_bytes(a, b) for a, b in (
-            (m, max(v.width, v.mlp, 3 * v.patch_size**2)), (room, max(t.width, t.mlp, q)),
+            (room, max(t.width, t.mlp, q)),
             (batch * horizon, max(e.width, e.mlp, q, c.action_dim)), (o.time_rows, e.width))]  # fmt: skip
         sizes.append(attention_op.workspace_bytes(room, t.heads, t.head_dim, ctx))
-        sizes.append(attention_op.workspace_bytes(v.tokens, v.heads, v.head_dim, vision_ctx))
+        sizes.append(siglip_bytes(v, views))
         self._ws = ws("ws", max(sizes), dtype="u8")
+        self._vision = SiglipTower(arena, v, self.weights.vision, views, kv, self._ws)
         self._trunk = stack("trunk", room, t.width, t.mlp)
         self._expert = stack("expert", batch * horizon, e.width, e.mlp)
         self._caches = [KVCache.empty(arena, f"kv.{i}", t.kv_heads, t.head_dim, ctx, kv, batch) for i in range(t.depth)]
         self._rope = arena.alloc("rope", (ctx, t.head_dim), "f32", "weights")
         if not arena.dry:
             self._rope.write(rope_table(np.arange(ctx), t.head_dim, ROPE_THETA))
-        cache = KVCache.empty(arena, "vision.kv", v.heads, v.head_dim, vision_ctx, kv, views, "workspace")
         flow = FlowState.empty(arena, "flow", batch, o.schedule.steps, horizon, c.action_dim, o.dims, o.ring)
         self._actions = ws("actions", batch * horizon, c.action_dim)
         self._velocity = ws("velocity", batch * horizon, c.action_dim)
@@ -116,7 +111,6 @@ class Pi05(FlowPolicy):
         self._hidden_times = ws("times.hidden", o.time_rows, e.width)
         self._condition = ws("times.condition", o.time_rows, e.width)
         self._time_count = io("time_count", 1)
-        self._tower = TowerBuffers(**tower, cache=cache, pos=self._zero, ws=self._ws)
         return flow
 
     # ------------------------------------------------------------------------------------------ the plans
@@ -136,23 +130,10 @@ class Pi05(FlowPolicy):
 
     def _look(self, n: int) -> None:
         """Views 0..n of the image buffer to tokens of the trunk."""
-        c, v, w, b = self.config, self.config.vision, self.weights, self._tower
-        m, ws = n * v.tokens, self._ws
-
-        def rows(t: Tensor) -> Tensor:
-            return t.slice(0, (m, t.shape[1]))
-
-        images = self._images.slice(0, (n, *self._images.shape[1:]))
-        patches = rows(self._patches)
-        conv_patches(images, patches, size=v.patch_size, stride=v.patch_size, label="patches")
-        x = rows(b.x)
-        gemm(patches, w.patch, x, bias=w.patch_bias, residual=rows(w.positions), ws=ws, label="patch")
-        one = TowerBuffers(x, rows(b.qkv), rows(b.mixed), rows(b.hidden), b.cache.first(n), b.pos.slice(0, (n,)), ws)
-        for i, layer in enumerate(w.tower):
-            tower_layer(layer, one, heads=v.heads, eps=NORM_EPS, label=f"vision.{i}")
-        gemm(x, w.projector, rows(self._seen), prologue="layer", norm=w.post_norm, norm_bias=w.post_norm_bias,
-             eps=NORM_EPS, bias=w.projector_bias, ws=ws, label="projector")  # fmt: skip
-        del c
+        w, x, out = self.weights, self._vision.look(n), self._seen
+        gemm(x, w.projector, out.slice(0, (x.shape[0], out.shape[1])), prologue="layer", norm=w.post_norm,
+             norm_bias=w.post_norm_bias, eps=NORM_EPS, bias=w.projector_bias, ws=self._ws,
+             label="projector")  # fmt: skip
 
     def _read(self, n: int, b: int) -> None:
         """n views and the prompt through the trunk, into the caches of chunk b."""
@@ -216,7 +197,7 @@ class Pi05(FlowPolicy):
         """Images f32 [S, S, 3] in [-1, 1] by camera (None: absent), token ids; into the caches of chunk b."""
         v = self.config.vision
         present = {i: image for i, image in enumerate(views) if image is not None}
-        self.look_at(present, self._images, self._seen, self._views, v.tokens)
+        self.look_at(present, self._vision.images, self._seen, self._views, v.tokens)
         n, tokens = len(present), given.tokens
         with self.stage("prefix", f"prefix_{n}"):
             ids = np.concatenate([np.arange(i * v.tokens, (i + 1) * v.tokens, dtype=np.int32) for i in present])

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.blocks.siglip import SiglipConfig
 from engine.errors import CheckpointError, InputError
 from engine.io.checkpoint import Checkpoint, Source, bf16_to_f32
-from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Gemma, Pi05Config, Vision
+from engine.models.pi05.config import NORM_EPS, ROPE_THETA, Gemma, Pi05Config
 from engine.models.pi05.weights import checked
 
 MASKED = -2.3819763e38  # logit of a key that is not there
@@ -169,7 +170,7 @@ class ExpertLayer(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.heads = c.heads
         self.q_proj = nn.Linear(c.width, c.width)
@@ -183,7 +184,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.fc1 = nn.Linear(c.width, c.mlp)
         self.fc2 = nn.Linear(c.mlp, c.width)
@@ -193,7 +194,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(c.width, eps=NORM_EPS)
         self.layer_norm2 = nn.LayerNorm(c.width, eps=NORM_EPS)
@@ -206,7 +207,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.width, c.patch_size, c.patch_size)
         self.position_embedding = nn.Embedding(c.tokens, c.width)
@@ -216,7 +217,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.depth))
 
@@ -224,7 +225,7 @@ class VisionEncoder(nn.Module):
 class VisionModel(nn.Module):
     """SigLIP without its pooling head: images [n, 3, S, S] in [-1, 1] -> [n, tokens, width]."""
 
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(c)
         self.encoder = VisionEncoder(c)
@@ -238,7 +239,7 @@ class VisionModel(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, c: Vision):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.vision_model = VisionModel(c)
 

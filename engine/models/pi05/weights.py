@@ -6,11 +6,10 @@ import math
 import re
 from dataclasses import dataclass, field
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from engine.blocks.decoder import DecoderLayer
-from engine.blocks.transformer import TowerLayer
+from engine.blocks.siglip import SiglipWeights, load_siglip, siglip_shapes
 from engine.blocks.weights import Packer, Recipe
 from engine.io.checkpoint import MappedSource, Source, expect
 from engine.io.mapped import Rule
@@ -73,21 +72,8 @@ def shapes(config: Pi05Config) -> dict[str, tuple[int, ...]]:
         if bias:
             out[f"{name}.bias"] = (rows,)
 
-    def layer_norm(name: str) -> None:
-        out[f"{name}.weight"] = out[f"{name}.bias"] = (v.width,)
-
-    out[f"{VISION}embeddings.patch_embedding.weight"] = (v.width, 3, v.patch_size, v.patch_size)
-    out[f"{VISION}embeddings.patch_embedding.bias"] = (v.width,)
-    out[f"{VISION}embeddings.position_embedding.weight"] = (v.tokens, v.width)
-    for i in range(v.depth):
-        p = f"{VISION}encoder.layers.{i}"
-        layer_norm(f"{p}.layer_norm1")
-        layer_norm(f"{p}.layer_norm2")
-        for which in ("q", "k", "v", "out"):
-            linear(f"{p}.self_attn.{which}_proj", v.width, v.width)
-        linear(f"{p}.mlp.fc1", v.mlp, v.width)
-        linear(f"{p}.mlp.fc2", v.width, v.mlp)
-    layer_norm(f"{VISION}post_layernorm")
+    out |= siglip_shapes(VISION, v)
+    out[f"{VISION}post_layernorm.weight"] = out[f"{VISION}post_layernorm.bias"] = (v.width,)
     linear(f"{PROJECTOR}linear", t.width, v.width)
 
     out[_EMBED] = (config.vocab_size, t.width)
@@ -126,10 +112,7 @@ def unread(config: Pi05Config) -> frozenset[str]:
 class Weights:
     """The packed model. Norm weights of the trunk are folded into the products behind them."""
 
-    patch: PackedMatrix  # columns (y, x, channel)
-    patch_bias: Tensor
-    positions: Tensor  # [views * tokens, width]
-    tower: list[TowerLayer]
+    vision: SiglipWeights
     post_norm: Tensor
     post_norm_bias: Tensor
     projector: PackedMatrix
@@ -159,21 +142,6 @@ class Loader(Packer):
     def linear(self, name: str, role: str) -> tuple[PackedMatrix, Tensor]:
         k = self.source.info(f"{name}.weight").shape[1]
         return self.matrix(name, [f"{name}.weight"], self.recipe.format(role, k)), self.vector(f"{name}.bias")
-
-    def tower_layer(self, i: int) -> TowerLayer:
-        p = f"{VISION}encoder.layers.{i}"
-        names = [f"{p}.self_attn.{w}_proj" for w in "qkv"]
-        d, mlp = self.c.vision.width, self.c.vision.mlp
-        return TowerLayer(
-            self.vector(f"{p}.layer_norm1.weight"), self.vector(f"{p}.layer_norm1.bias"),
-            self.matrix(f"{p}.qkv", [f"{n}.weight" for n in names], self.recipe.format("vision", d)),
-            self.stacked(f"{p}.qkv.bias", [f"{n}.bias" for n in names]),
-            *self.linear(f"{p}.self_attn.out_proj", "vision"),
-            self.vector(f"{p}.layer_norm2.weight"), self.vector(f"{p}.layer_norm2.bias"),
-            *self.linear(f"{p}.mlp.fc1", "vision"),
-            self.matrix(f"{p}.mlp.fc2", [f"{p}.mlp.fc2.weight"], self.recipe.format("vision", mlp)),
-            self.vector(f"{p}.mlp.fc2.bias"),
-        )  # fmt: skip
 
     def layer(self, stack: str, i: int, *, folded: bool, last: bool = False) -> DecoderLayer:
         """folded: the norms in front of qkv and gate_up go into their columns, as 1 + weight."""
@@ -211,18 +179,11 @@ class Loader(Packer):
             return out
 
         with bar:
-            patch = f"{VISION}embeddings.patch_embedding"
-            size = 3 * v.patch_size**2
             norms = [f"{EXPERT}layers.{i}.{n}.dense" for i in range(e.depth)
                      for n in ("input_layernorm", "post_attention_layernorm")]  # fmt: skip
             norms.append(f"{EXPERT}norm.dense")
-            position = f"{VISION}embeddings.position_embedding.weight"
             out = Weights(
-                self.matrix(patch, [f"{patch}.weight"], self.recipe.dtype, width=size,
-                            fn=lambda w: w.transpose(0, 2, 3, 1)),
-                self.vector(f"{patch}.bias"),
-                self.put(position, (views * v.tokens, v.width), lambda: np.tile(self.value(position), (views, 1))),
-                each(self.tower_layer(i) for i in range(v.depth)),
+                load_siglip(self, self.recipe, VISION, v, views, bar.update),
                 self.vector(f"{VISION}post_layernorm.weight"), self.vector(f"{VISION}post_layernorm.bias"),
                 *self.linear(f"{PROJECTOR}linear", "vision"),
                 self.table(_EMBED, self.recipe.table_dtype, math.sqrt(c.trunk.width)),
