@@ -185,14 +185,18 @@ class LanguageModel(Model):
                 cache.live = None
         cache.live = live + tokens[start:]
 
+    def _enter(self, tokens: list[int]) -> None:
+        """Before a prompt is looked up among what is cached: for models whose ids mean different things by request."""
+
     def _start(self, tokens: list[int], options: SamplingOptions, boundaries: Sequence[int]) -> int:
         """Prompt to first token: returns how many prompt tokens came from the cache."""
+        self._enter(tokens)
         reused = self._cache.rewind(tokens)
         self._prefill(tokens, [*boundaries, *range(SNAPSHOT_EVERY, len(tokens), SNAPSHOT_EVERY)])
         s = self.io.sampler
         options.write(s)
         seen = np.zeros(s.seen.shape, np.uint8)
-        seen[tokens] = 1
+        seen[[t for t in tokens if t < self.vocab_size]] = 1
         s.seen.write(seen)
         self._set(s.step, 0)
         self._set(s.pos, len(tokens) - 1)  # the draw advances it: the drawn token is not cached yet
@@ -216,12 +220,15 @@ class LanguageModel(Model):
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= self.vocab_size:
             raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary [0, {self.vocab_size})")
-        if len(tokens) + room > self.context:
-            raise ContextError(
-                f"the prompt has {len(tokens)} tokens and the context is {self.context}; "
-                f"shorten it or load with context={len(tokens) + room} or more"
-            )
+        self._fits(len(tokens), room)
         return tokens
+
+    def _fits(self, tokens: int, room: int = 1) -> None:
+        if tokens + room > self.context:
+            raise ContextError(
+                f"the prompt has {tokens} tokens and the context is {self.context}; "
+                f"shorten it or load with context={tokens + room} or more"
+            )
 
     def _budget(self, max_new_tokens: int | None, prompt: int) -> int:
         room = self.context - prompt
@@ -351,6 +358,13 @@ class LanguageModel(Model):
             if tools or thinking_budget is not None:
                 raise InputError("tools and thinking_budget need a list of messages as the prompt")
             tokens = self._prompt(prompt)  # type: ignore[arg-type]
+        return self._streamed(tokens, max_new_tokens, options, parser, boundaries, ignore_eos, force)
+
+    def _streamed(
+        self, tokens: list[int], max_new_tokens: int | None, options: SamplingOptions,
+        parser: ResponseStream | StopScanner, boundaries: Sequence[int] = (), ignore_eos: bool = False,
+        force: tuple[int, list[int]] | None = None,
+    ) -> TextStream:  # fmt: skip
         if self.tokenizer is None:
             raise TokenizerError(f"model {self.name!r} has no tokenizer.json to make text with; use generate(ids)")
         budget, decoder = self._budget(max_new_tokens, len(tokens)), self.tokenizer.stream()

@@ -151,20 +151,20 @@ class Packer:
             self.source.release(n)
         return out
 
-    def table(self, name: str, dtype: str, scale: float = 1.0) -> Tensor:
-        """An embedding table [V, D] in f32 or bf16, times scale."""
+    def table(self, name: str, dtype: str, scale: float = 1.0, rows: int = 0) -> Tensor:
+        """An embedding table [V + rows, D] in f32 or bf16, times scale; rows behind it for what a model computes."""
         info = self.source.info(name)
-        out = self.arena.alloc(name, info.shape, dtype, "weights")
+        out = self.arena.alloc(name, (info.shape[0] + rows, *info.shape[1:]), dtype, "weights")
         if self.arena.dry:
             return out
         raw = self.source.read(name)
         for r in range(0, info.shape[0], _ROWS):
-            rows = raw[r : r + _ROWS]
-            check_finite(name, rows, info.dtype)
+            part = raw[r : r + _ROWS]
+            check_finite(name, part, info.dtype)
             if info.dtype == "BF16" and dtype == "bf16" and scale == 1:
-                value = rows
+                value = part
             else:
-                f32 = bf16_to_f32(rows) if info.dtype == "BF16" else np.ascontiguousarray(rows, np.float32)
+                f32 = bf16_to_f32(part) if info.dtype == "BF16" else np.ascontiguousarray(part, np.float32)
                 f32 = f32 * np.float32(scale) if scale != 1 else f32
                 value = f32 if dtype == "f32" else f32_to_bf16(f32)
             out.slice(r * info.shape[1], value.shape).write(value)

@@ -11,6 +11,8 @@ FAMILIES = {
     "pi05": ("engine.models.pi05.model", "Pi05"),
     "xvla": ("engine.models.xvla.model", "XVLA"),
     "motok": ("engine.models.motok.model", "MoTok"),
+    "llava_qwen": ("engine.models.vega3d.model", "Vega3D"),
+    "llava": ("engine.models.vega3d.model", "Vega3D"),
     "generator": ("engine.models.vega3d.features", "GeneratorFeatures"),
 }
 GENERATORS = ("WanModel", "WanTransformer3DModel", "VaceWanModel", "WanVACETransformer3DModel")  # by _class_name

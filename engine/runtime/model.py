@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import BusyError, ClosedError
+from engine.errors import BusyError, ClosedError, InputError
 from engine.runtime import device
 from engine.runtime.arena import Arena
 from engine.runtime.plan import NodeInfo, Plan
@@ -63,6 +63,13 @@ def keywords(call: Callable[..., Any], *internal: str) -> frozenset[str]:
     """Names of the keyword-only arguments of `call`, without those that callers here give."""
     found = inspect.signature(call).parameters.values()
     return frozenset(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in internal)
+
+
+def bounded(name: str, value: object, low: int, high: int) -> int:
+    """An integer option of a load in [low, high]; else InputError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InputError(f"{name}={value!r} is not an integer in [{low}, {high}]")
+    return value
 
 
 class Model:

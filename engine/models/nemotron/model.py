@@ -14,7 +14,7 @@ from typing import Any
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.blocks.prefix import PrefixCache
 from engine.blocks.weights import Shapes
-from engine.errors import ConfigError, InputError
+from engine.errors import ConfigError
 from engine.io.checkpoint import Checkpoint, Source
 from engine.io.text import ChatTemplate, Tokenizer
 from engine.models.nemotron.config import NemotronConfig
@@ -32,7 +32,7 @@ from engine.ops.ssm import SsmShape, ssm
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
-from engine.runtime.model import keywords
+from engine.runtime.model import bounded, keywords
 from engine.runtime.plan import capture
 
 DEFAULT_CONTEXT = 8192
@@ -307,13 +307,13 @@ class Options:
         if parsed == "f16" and dtype in ("auto", None):
             parsed = "f32"  # the CPU kernels have no fp16; fp32 loses nothing
         limit = c.max_position_embeddings
-        context = _bounded("context", min(DEFAULT_CONTEXT, limit) if context is None else context, 1, limit)
+        context = bounded("context", min(DEFAULT_CONTEXT, limit) if context is None else context, 1, limit)
         context = math.ceil(context / 16) * 16
-        chunk = min(_bounded("chunk", chunk, 1, 16384), context)
+        chunk = min(bounded("chunk", chunk, 1, 16384), context)
         score_chunk = max(1, min(chunk, SCORE_BYTES // (4 * c.vocab_size)))
         kv_format = "f32" if parsed == "f32" and quant is None else "bf16"
         _check_widths(c)
-        return Options(parsed, quant, kv_format, context, chunk, score_chunk, _bounded("snapshots", snapshots, 0, 64))
+        return Options(parsed, quant, kv_format, context, chunk, score_chunk, bounded("snapshots", snapshots, 0, 64))
 
     def allocate(self, c: NemotronConfig, arena: Arena, up: PackedMatrix | None, shared: PackedMatrix | None) -> Made:
         mamba = [i for i, k in enumerate(c.pattern) if k == "M"]
@@ -367,9 +367,3 @@ def _check_widths(c: NemotronConfig) -> None:
             f"{c.num_experts_per_tok} experts of width {c.moe_intermediate_size} per token exceed the kernels' scratch "
             f"of {MAX_ROUTED_BYTES} bytes"
         )
-
-
-def _bounded(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InputError(f"{name}={value!r} is not an integer in [{low}, {high}]")
-    return value

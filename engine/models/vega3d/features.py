@@ -29,7 +29,7 @@ from engine.ops.dispatch import strict as strict_dispatch
 from engine.runtime.arena import Arena
 from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
-from engine.runtime.model import Model
+from engine.runtime.model import Model, bounded
 from engine.runtime.plan import capture
 
 MAX_PIXELS = 1920 * 1080  # of a frame that comes in
@@ -131,9 +131,8 @@ class GeneratorFeatures(Model):
         parsed = parse_dtype("bf16" if dtype in ("auto", None) else dtype)
         if per_pass is None:
             per_pass = 1 if device == "cpu" else 4
-        for what, value, high in (("per_pass", per_pass, 64), ("max_pixels", max_pixels, 1 << 26)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-                raise InputError(f"{what}={value!r} is not an integer in [1, {high}]")
+        bounded("per_pass", per_pass, 1, 64)
+        bounded("max_pixels", max_pixels, 1, 1 << 26)
         self.tap, self.dit, self.vae = tap, files.dit_config, files.vae_config
         recipe, kv = Recipe(parsed, quant), "f32" if parsed == "f32" and quant is None else "bf16"
         self._max_pixels = max_pixels

@@ -1,0 +1,221 @@
+"""From a checkpoint of VEGA-3D's multimodal language model to packed weights, under the published names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from engine.blocks.decoder import DecoderLayer
+from engine.blocks.scene import position_tables
+from engine.blocks.siglip import SiglipWeights, load_siglip, siglip_shapes
+from engine.blocks.weights import Packer, Recipe
+from engine.io.checkpoint import MappedSource, Source, expect, f32_to_bf16
+from engine.io.mapped import Rule
+from engine.models.vega3d.config import LanguageConfig, VegaConfig
+from engine.ops.fuse import Gate
+from engine.ops.gemm import PackedMatrix
+from engine.runtime.arena import Arena, Tensor
+
+VISION = "model.vision_tower.vision_tower.vision_model."
+HEADS = ("ground_head_obj", "ground_head_query")
+_UNUSED: list[Rule] = [
+    (re.compile(re.escape(VISION) + r"(post_layernorm|head)\."), None),
+    (re.compile(r".*(rotary_emb\.inv_freq|position_ids)$"), None),
+]
+
+
+def canonical(source: Source, c: VegaConfig) -> MappedSource:
+    """The checkpoint without what no result depends on."""
+    tied: list[Rule] = [("lm_head.", None)] if c.language.tied else []
+    return MappedSource(source, [*_UNUSED, *tied])
+
+
+def language_shapes(c: LanguageConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors of the language model (Qwen2) and their shapes."""
+    d, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab, d), "model.norm.weight": (d,)}
+    if not c.tied:
+        out["lm_head.weight"] = (c.vocab, d)
+    for i in range(c.layers):
+        p = f"model.layers.{i}"
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            out[f"{p}.self_attn.{name}_proj.weight"] = (rows, d)
+            out[f"{p}.self_attn.{name}_proj.bias"] = (rows,)
+        out[f"{p}.self_attn.o_proj.weight"] = (d, q)
+        out[f"{p}.mlp.gate_proj.weight"] = out[f"{p}.mlp.up_proj.weight"] = (c.mlp, d)
+        out[f"{p}.mlp.down_proj.weight"] = (d, c.mlp)
+        out[f"{p}.input_layernorm.weight"] = out[f"{p}.post_attention_layernorm.weight"] = (d,)
+    return out
+
+
+def shapes(c: VegaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape; all are float."""
+    d, out = c.language.width, language_shapes(c.language) | siglip_shapes(VISION, c.vision)
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        out[f"{name}.weight"], out[f"{name}.bias"] = (rows, columns), (rows,)
+
+    linear("model.mm_projector.0", d, c.vision.width)
+    linear("model.mm_projector.2", d, d)
+    linear("model.generative_projector.0", d, c.generative)
+    linear("model.generative_projector.2", d, d)
+    for n in (1, 2):
+        out[f"model.feature_fusion.norm{n}.weight"] = out[f"model.feature_fusion.norm{n}.bias"] = (d,)
+    linear("model.feature_fusion.gate_projection.0", 1, 2 * d)
+    if c.blend == "residual":
+        out["model.feature_fusion.residual_scale"] = ()
+    out["model.image_newline"] = (d,)
+    if c.grounding:
+        for head in HEADS:
+            linear(f"{head}.0", d, d)
+            linear(f"{head}.3", d, d)
+            out[f"{head}.2.weight"] = out[f"{head}.2.bias"] = (d,)
+        out["ground_head_zero_target"] = (d,)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ packed
+@dataclass
+class Mlp:
+    """Two products with an activation between them; of a grounding head also the layer norm in front of the second."""
+
+    fc1: PackedMatrix
+    fc1_bias: Tensor
+    fc2: PackedMatrix
+    fc2_bias: Tensor
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+@dataclass
+class LanguageWeights:
+    """embed: the vocabulary, and behind it rows that a scene fills."""
+
+    embed: Tensor
+    layers: list[DecoderLayer]
+    norm: Tensor
+    lm_head: PackedMatrix
+
+
+@dataclass
+class Weights:
+    """The packed model. zero_target: host copy f32 [D]; codes: tables of the voxels' codes."""
+
+    vision: SiglipWeights
+    projector: Mlp
+    generative: Mlp
+    gate: Gate
+    rho: float
+    newline: Tensor
+    codes: tuple[Tensor, Tensor, Tensor]
+    language: LanguageWeights
+    objects: Mlp | None = None
+    query: Mlp | None = None
+    zero_target: np.ndarray | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+
+class Loader(Packer):
+    """Packs the parts of a model one after another."""
+
+    def __init__(self, source: MappedSource, arena: Arena, recipe: Recipe) -> None:
+        super().__init__(source, arena)
+        self.recipe = recipe
+
+    def mlp(self, name: str, role: str, *, norm: bool = False) -> Mlp:
+        last = 3 if norm else 2
+
+        def product(i: int) -> tuple[PackedMatrix, Tensor]:
+            k = self.source.info(f"{name}.{i}.weight").shape[1]
+            weights = self.matrix(f"{name}.{i}", [f"{name}.{i}.weight"], self.recipe.format(role, k))
+            return weights, self.vector(f"{name}.{i}.bias")
+
+        (fc1, fc1_bias), (fc2, fc2_bias) = product(0), product(last)
+        return Mlp(fc1, fc1_bias, fc2, fc2_bias, self.optional(f"{name}.2.weight", norm),
+                   self.optional(f"{name}.2.bias", norm))  # fmt: skip
+
+    def layer(self, i: int, c: LanguageConfig) -> DecoderLayer:
+        """Decoder layer i of the language model."""
+        p = f"model.layers.{i}"
+
+        def product(name: str, parts: list[str], k: int) -> PackedMatrix:
+            return self.matrix(f"{p}.{name}", [f"{p}.{n}.weight" for n in parts], self.recipe.format("language", k))
+
+        qkv = [f"self_attn.{w}_proj" for w in "qkv"]
+        return DecoderLayer(
+            product("qkv", qkv, c.width), product("o_proj", ["self_attn.o_proj"], c.heads * c.head_dim),
+            product("gate_up", ["mlp.gate_proj", "mlp.up_proj"], c.width), product("down", ["mlp.down_proj"], c.mlp),
+            self.vector(f"{p}.input_layernorm.weight"), self.vector(f"{p}.post_attention_layernorm.weight"),
+            self.stacked(f"{p}.qkv.bias", [f"{p}.{n}.bias" for n in qkv]),
+        )  # fmt: skip
+
+    def language(self, c: LanguageConfig, rows: int, bar: tqdm) -> LanguageWeights:
+        """rows: behind the vocabulary in the table of embeddings."""
+        embed = self.table("model.embed_tokens.weight", self.recipe.table_dtype, rows=rows)
+        layers = []
+        for i in range(c.layers):
+            layers.append(self.layer(i, c))
+            bar.update()
+        head = "model.embed_tokens.weight" if c.tied else "lm_head.weight"
+        lm_head = self.matrix("lm_head", [head], self.recipe.format("lm_head", c.width))
+        return LanguageWeights(embed, layers, self.vector("model.norm.weight"), lm_head)
+
+    def gate(self, c: VegaConfig, name: str) -> Gate:
+        """The fusion's norms and gate."""
+        d = c.language.width
+        keys = [f"{name}.norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
+        keys += [f"{name}.gate_projection.0.weight", f"{name}.gate_projection.0.bias"]
+        if self.arena.dry:
+            zero = np.zeros(d, np.float32)
+            return Gate.fold(self.arena, "gate", (zero, zero, zero, zero), np.zeros(2 * d), 0.0)
+        w1, b1, w2, b2, weight, bias = (self.value(k) for k in keys)
+        return Gate.fold(self.arena, "gate", (w1, b1, w2, b2), weight.reshape(-1), float(bias.reshape(-1)[0]))
+
+    def codes(self, c: VegaConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """Tables of the position codes by axis, as the embeddings are stored."""
+        d, counts, out = c.language.width, c.voxels.counts, []
+        tables = (None,) * 3 if self.arena.dry else position_tables(d, counts)
+        for axis, count, table in zip("xyz", counts, tables):
+            out.append(self.arena.alloc(f"code.{axis}", (count, d // 3), self.recipe.table_dtype, "weights"))
+            if table is not None:
+                store(out[-1], table)
+        x, y, z = out
+        return x, y, z
+
+    def load(self, c: VegaConfig, images: int, rows: int, progress: bool) -> Weights:
+        """images: frames of a pass; rows: of a scene in the table of embeddings."""
+        total = c.vision.depth + c.language.layers
+        with tqdm(total=total, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False) as bar:
+            vision = load_siglip(self, self.recipe, VISION, c.vision, images, bar.update)
+            residual = c.blend == "residual" and not self.arena.dry
+            return Weights(
+                vision, self.mlp("model.mm_projector", "projector"),
+                self.mlp("model.generative_projector", "projector"), self.gate(c, "model.feature_fusion"),
+                float(self.value("model.feature_fusion.residual_scale").reshape(())) if residual else 1.0,
+                self.vector("model.image_newline"), self.codes(c), self.language(c.language, rows, bar),
+                self.mlp(HEADS[0], "grounding", norm=True) if c.grounding else None,
+                self.mlp(HEADS[1], "grounding", norm=True) if c.grounding else None,
+                self.value("ground_head_zero_target") if c.grounding and not self.arena.dry else None,
+                self.recipe.notes, self.source.skipped,
+            )  # fmt: skip
+
+
+def store(table: Tensor, values: np.ndarray) -> None:
+    """f32 values into a table of f32 or bf16."""
+    table.write(values if table.dtype == "f32" else f32_to_bf16(values))
+
+
+def load_weights(
+    c: VegaConfig, source: Source, arena: Arena, recipe: Recipe, images: int, rows: int, progress: bool = True
+) -> Weights:
+    """Checks every name and shape first, then packs.
+
+    Raises: CheckpointError (missing, extra or misshapen tensors, unsupported dtype, NaN).
+    """
+    view = canonical(source, c)
+    expect(view, shapes(c))
+    return Loader(view, arena, recipe).load(c, images, rows, progress)
