@@ -1,4 +1,4 @@
-"""A generator of features on the emulated device beside the CPU: `python -m tests.emu.scene`, one JSON line.
+"""VEGA-3D on the emulated device beside the CPU: `python -m tests.emu.scene features|questions`, one JSON line.
 
 CUDA nodes run on the emulator and Triton nodes in the interpreter, in plan order: TRITON_INTERPRET=1 must be set.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 
 import numpy as np
-from _vega import random_generator
+from _vega import geometry, pictures, random_generator, random_model
 
 from engine.ops.registry import error
 from engine.runtime import cuda
@@ -21,15 +21,26 @@ from .driver import EmulatedCuda
 
 def main() -> int:
     parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("features", "questions"))
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--audit", action="store_true")
     args = parser.parse_args()
-    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
 
-    def run(device: str):
+    def features(device: str):
         m = random_generator(device, args.dtype, per_pass=2)
-        return m, m.features(frames, seed=5)
+        return m, m.features(np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8), seed=5)
 
+    def questions(device: str):
+        """Embeddings, gates, the logits behind four tokens of an answer, and the scores of boxes."""
+        m = random_model(device=device, dtype=args.dtype, generator=None, frames=2, per_pass=2, chunk=32)
+        given = np.random.default_rng(1).standard_normal((2, 9, m.config.generative)).astype(np.float32)
+        scene = m.scene(pictures(2), **geometry(2), features=given)
+        scene.ask("where?", max_new_tokens=4)
+        found = scene.ground("a cube", np.array([[0.5, 0.2, 1.5, 1.5, 1.5, 2.0], [0, 0, 1, 4, 4, 4]]))
+        parts = (m._read_rows()[: m.visual], scene.gates, m.io.logits.read(), found.scores)
+        return m, np.concatenate([np.ravel(p).astype(np.float32) for p in parts])
+
+    run = {"features": features, "questions": questions}[args.what]
     _, cpu = run("cpu")
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")

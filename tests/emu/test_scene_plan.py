@@ -1,4 +1,4 @@
-"""The CUDA plans of the generator of features: a small one executed without a device, the full sizes counted."""
+"""The CUDA plans of VEGA-3D: small ones executed without a device, the full sizes counted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if build.compiler() is None:
 
 from engine.models.vega3d.features import GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
+from engine.models.vega3d.model import Vega3D
 from engine.runtime import cuda
 
 from .beside import beside
@@ -25,7 +26,17 @@ LIMITS = {"fp32": 1e-5, "bf16": 5e-3}
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_small_generator_equals_the_cpu_tape(dtype: str) -> None:
     """Seeds, crops, the VAE, the transformer, means; every plan audited."""
-    found = beside("scene", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
+    found = beside("scene", "features", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
+    assert found["error"] <= LIMITS[dtype], found
+    assert found["kinds"] == ["cuda", "triton"]
+    assert found["audit"] == ([] if dtype == "fp32" else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_small_model_equals_the_cpu_tape(dtype: str) -> None:
+    """Both towers' ends, the fusion, prefill, decode and grounding; every plan audited."""
+    found = beside("scene", "questions", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
     assert found["error"] <= LIMITS[dtype], found
     assert found["kinds"] == ["cuda", "triton"]
     assert found["audit"] == ([] if dtype == "fp32" else None)
@@ -48,3 +59,14 @@ def test_node_budget_of_the_full_size(size: tuple[int, int], cells: int) -> None
         assert {n.impl for p in m.plans.values() for n in p.nodes} <= {"cuda", "triton"}
         assert m._generator.tokens == cells
         assert sum(m.memory().parts.values()) < 10e9  # weights 1.8, four frames of a pass
+
+
+def test_node_budget_of_the_language_model() -> None:
+    """7B: seven nodes a layer, as rotary attention appends and then attends; ten where rows are rounded first."""
+    published = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
+                 "num_hidden_layers": 28, "vocab_size": 151649, "rope_theta": 1e6}  # fmt: skip
+    with cuda.use(cuda.Recorder()):
+        m = Vega3D.sketch(published, device="cuda", dtype="bf16")
+        sizes = {"look": 10 * 26 + 8, "fuse": 5, "fuse_code": 5, "prefill": 10 * 28 + 1, "decode": 7 * 28 + 3}
+        assert {name: len(m.plans[name]) for name in sizes} == sizes
+        assert {n.impl for p in m.plans.values() for n in p.nodes} <= {"cuda", "triton"}

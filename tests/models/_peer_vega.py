@@ -16,6 +16,7 @@ from engine.models.vega3d.features import PROMPT_FILE, PROMPT_KEY
 from engine.models.vega3d.schedule import noise_level
 
 SCRIPT = ROOT / "tests/peers/vega_diffusers.py"
+LANGUAGE_SCRIPT = ROOT / "tests/peers/vega_transformers.py"
 SEED, CASES = 0, 12
 
 
@@ -31,6 +32,31 @@ class GeneratorCase:
     def target(self) -> int:
         """A noise level asked for that gives the case's timestep."""
         return next(t for t in range(1001) if noise_level(t)[0] == self.about["timestep"])
+
+
+@dataclass(frozen=True)
+class LanguageCase:
+    """A random SigLIP tower and Qwen2 model and what transformers computes from them in fp32."""
+
+    folder: Path
+    about: dict
+    io: dict[str, np.ndarray]
+
+    @property
+    def config(self) -> dict:
+        """Keys of a VEGA-3D config.json; the last layer of the tower is left out."""
+        v = self.about["vision"]
+        return self.about["text"] | {"vision_config": v | {"num_hidden_layers": v["num_hidden_layers"] - 1}}
+
+
+@functools.cache
+def language_cases() -> list[LanguageCase]:
+    """In order."""
+    cases = []
+    for path in sorted(made_once("vega-language", LANGUAGE_SCRIPT, "transformers", SEED, CASES).glob("model-*")):
+        about = json.loads((path / "config.json").read_text())
+        cases.append(LanguageCase(path, about, load_file(path / "peer.safetensors")))
+    return cases
 
 
 @functools.cache

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from _source import Tensors
 
+from engine.io.text import Tokenizer
+from engine.models.vega3d.config import VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
+from engine.models.vega3d.model import Vega3D
+from engine.models.vega3d.weights import shapes
 
 
 def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
@@ -33,3 +39,63 @@ def random_generator(device: str = "cpu", dtype: str = "fp32", **options) -> Gen
     files = Files(DIT, VAE, filled(dit_shapes(DIT), 1), filled(vae_shapes(VAE), 2), prompt)
     given = {"size": (24, 16), "block": 1, "grid": (2, 3), "max_pixels": 4096, "progress": False} | options
     return GeneratorFeatures.load(Path("random"), source=files, device=device, dtype=dtype, **given)
+
+
+# ------------------------------------------------------------------------------------------------------ scenes
+CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<ground>", "<coord>")
+LANGUAGE = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+            "num_hidden_layers": 2, "vocab_size": 264, "rope_theta": 1e4, "max_position_embeddings": 512}  # fmt: skip
+EYES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 2, "patch_size": 4,
+        "image_size": 22}  # fmt: skip
+SCENE = {"vision_config": EYES, "frames_upbound": 4, "generative_feat_dim": DIT.dim, "eos_token_id": 258,
+         "generative_vision_tower_size": "24*16", "generative_vision_tower_feat_block_idx": 1,
+         "coord_token_ids": [261], "ground_token_ids": [260], "voxel_size": 0.25, "min_xyz_range": [-3, -3, -1],
+         "max_xyz_range": [3, 3, 3], "torch_dtype": "float32"}  # fmt: skip
+
+
+def tokenizer() -> Tokenizer:
+    """Bytes, and the special tokens of the chat from 256 on."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in CHAT])
+    return Tokenizer(inner)
+
+
+def scene_weights(config: VegaConfig, seed: int = 0) -> Tensors:
+    """Every tensor of a model, with heads for grounding."""
+    made = filled(shapes(replace(config, grounding=True)), seed)
+    for name, value in made.tensors.items():
+        # A text of bytes: without this the answers would end at once or never vary.
+        if name == "model.embed_tokens.weight":
+            value *= 4
+    return made
+
+
+def random_model(source: Tensors | None = None, generator: object = "random", **options) -> Vega3D:
+    """A small model of a scene of 4 frames, 3 x 3 visual tokens each; `config`: further keys of config.json."""
+    o = LANGUAGE | SCENE | options.pop("config", {})
+    plain = VegaConfig.from_json(o)
+    source = source or scene_weights(plain)
+    config = VegaConfig.from_json(o, source.keys())
+    if generator == "random":
+        grid = (config.side,) * 2
+        generator = random_generator(grid=grid, dtype="fp32", max_pixels=config.vision.image_size**2)
+    given = {"coord_dtype": "fp32", "feature_cache": 1 << 24, "prefix_cache": 1 << 24, "progress": False} | options
+    return Vega3D(config, source, generator=generator, tokenizer=tokenizer(), **given)  # type: ignore[arg-type]
+
+
+def geometry(frames: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
+    """Depth maps and poses of a camera that turns in a room, as `scene` takes them."""
+    rng = np.random.default_rng(seed)
+    depth = rng.integers(800, 2500, (frames, 12, 16)).astype(np.uint16)
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    for i, angle in enumerate(np.linspace(0, 0.6, frames)):
+        poses[i, :2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return {"depth": depth, "poses": poses, "intrinsics": np.array([[14.0, 0, 8], [0, 14, 6], [0, 0, 1]])}
+
+
+def pictures(frames: int = 4, seed: int = 0) -> np.ndarray:
+    """[frames, 20, 30, 3] uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (frames, 20, 30, 3)).astype(np.uint8)

@@ -140,8 +140,8 @@ class Vega3D(LanguageModel):
             bounded(key, value, 0, 1 << 50)
         if tokenizer is not None and tokenizer.vocab_size > c.language.vocab:
             raise ConfigError(
-                f"tokenizer.json has {tokenizer.vocab_size} tokens and the embedding {c.language.vocab} rows; the files "
-                "do not belong together"
+                f"tokenizer.json has {tokenizer.vocab_size} tokens and the embedding {c.language.vocab} rows; the "
+                "files do not belong together"
             )
         _check_widths(c)
         self._kv = "f32" if recipe.dtype == "f32" and quant is None else "bf16"

@@ -1,0 +1,155 @@
+"""The multimodal language model in plain torch, as published: what the plans must give (spec of VEGA-3D, sections 1.2,
+1.6 to 1.8).
+
+Weights are mappings of tensors under the published names; everything is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.blocks.siglip import SiglipConfig
+from engine.models.vega3d.config import LanguageConfig, VegaConfig
+from engine.models.vega3d.weights import VISION
+
+Weights = Mapping[str, Tensor]
+EPS = 1e-6  # of SigLIP's norms
+FUSION_EPS = HEAD_EPS = 1e-5
+
+
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def layer_norm(w: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+
+def rms_norm(w: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], eps)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * d] to [B, heads, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ towers
+def siglip(w: Weights, c: SiglipConfig, images: Tensor) -> Tensor:
+    """[N, 3, S, S] in [-1, 1] to [N, tokens, width]: the layers that are there, no norm behind them."""
+    patch = f"{VISION}embeddings.patch_embedding"
+    x = F.conv2d(images, w[f"{patch}.weight"], w[f"{patch}.bias"], stride=c.patch_size).flatten(2).transpose(1, 2)
+    x = x + w[f"{VISION}embeddings.position_embedding.weight"]
+    for i in range(c.depth):
+        p = f"{VISION}encoder.layers.{i}"
+        h = layer_norm(w, f"{p}.layer_norm1", x, EPS)
+        q, k, v = (heads_of(linear(w, f"{p}.self_attn.{n}_proj", h), c.heads) for n in "qkv")
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(w, f"{p}.self_attn.out_proj", mixed)
+        h = F.gelu(linear(w, f"{p}.mlp.fc1", layer_norm(w, f"{p}.layer_norm2", x, EPS)), approximate="tanh")
+        x = x + linear(w, f"{p}.mlp.fc2", h)
+    return x
+
+
+def projector(w: Weights, name: str, x: Tensor) -> Tensor:
+    return linear(w, f"{name}.2", F.gelu(linear(w, f"{name}.0", x)))
+
+
+def pooled(x: Tensor, side: int) -> Tensor:
+    """[N, n * n, D] to [N, side * side, D], bilinear between centres of cells."""
+    n = round(x.shape[1] ** 0.5)
+    grid = x.transpose(1, 2).unflatten(2, (n, n))
+    return F.interpolate(grid, (side, side), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ fusion
+def fuse(w: Weights, s: Tensor, g: Tensor, blend: str, name: str = "model.feature_fusion") -> tuple[Tensor, Tensor]:
+    """Both streams [..., D] to one, and the gate [..., 1] (1: semantic)."""
+    one, two = layer_norm(w, f"{name}.norm1", s, FUSION_EPS), layer_norm(w, f"{name}.norm2", g, FUSION_EPS)
+    gate = torch.sigmoid(linear(w, f"{name}.gate_projection.0", torch.cat([one, two], -1)))
+    if blend == "normed":
+        return gate * one + (1 - gate) * two, gate
+    mixed = gate * s + (1 - gate) * g
+    return (mixed if blend == "raw" else s + w[f"{name}.residual_scale"] * (mixed - s)), gate
+
+
+def position_code(voxels: Tensor, d: int) -> Tensor:
+    """[..., 3] voxels to [..., d]: sines at even, cosines at odd channels of each axis; zeros behind."""
+    n = d // 3
+    i = torch.arange(n)
+    angle = voxels.double()[..., None] / 10000.0 ** (2 * (i // 2) / n)
+    waves = torch.where(i % 2 == 0, angle.sin(), angle.cos()).flatten(-2)
+    return F.pad(waves, (0, d - 3 * n)).to(torch.get_default_dtype())
+
+
+def visual_tokens(
+    w: Weights, c: VegaConfig, images: Tensor, features: Tensor, voxels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """images [T, 3, S, S], features [T, cells, C], voxels [T, cells, 3]: (embeddings [rows, D] with newlines, gates
+    [T, cells, 1], semantic tokens before pooling [T, tokens, D])."""
+    encoded = projector(w, "model.mm_projector", siglip(w, c.vision, images))
+    x, gate = fuse(w, pooled(encoded, c.side), projector(w, "model.generative_projector", features), c.blend)
+    if voxels is not None:
+        x = x + position_code(voxels, x.shape[-1]).to(x)
+    lines = x.unflatten(1, (c.side, c.side))
+    ends = w["model.image_newline"].expand(*lines.shape[:2], 1, -1)
+    return torch.cat([lines, ends], 2).flatten(0, 2), gate, encoded
+
+
+# ------------------------------------------------------------------------------------------------------ language
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """x [..., T, d] by angles [T, d / 2]; channel i turns with channel i + d / 2."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def language(w: Weights, c: LanguageConfig, x: Tensor, angle: Tensor | None = None) -> Tensor:
+    """Embeddings [T, D] to hidden states behind the last norm [T, D].
+
+    angle [T, head_dim / 2]: of each position; default those of a plain text.
+    """
+    if angle is None:
+        turn = c.theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+        angle = torch.arange(len(x), dtype=torch.float64)[:, None] * turn
+    x = x[None]
+    for i in range(c.layers):
+        p = f"model.layers.{i}"
+        h = rms_norm(w, f"{p}.input_layernorm", x, c.eps)
+        q, k, v = (heads_of(linear(w, f"{p}.self_attn.{n}_proj", h), m)
+                   for n, m in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)))  # fmt: skip
+        share = c.heads // c.kv_heads
+        k, v = rotate(k, angle).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+        mixed = F.scaled_dot_product_attention(rotate(q, angle), k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + linear(w, f"{p}.self_attn.o_proj", mixed)
+        h = rms_norm(w, f"{p}.post_attention_layernorm", x, c.eps)
+        h = F.silu(linear(w, f"{p}.mlp.gate_proj", h)) * linear(w, f"{p}.mlp.up_proj", h)
+        x = x + linear(w, f"{p}.mlp.down_proj", h)
+    return rms_norm(w, "model.norm", x, c.eps)[0]
+
+
+def logits(w: Weights, c: LanguageConfig, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, w["model.embed_tokens.weight" if c.tied else "lm_head.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------ grounding
+def object_features(encoded: Tensor, members: Tensor, voxels: Tensor) -> Tensor:
+    """[K, D]: means of the semantic tokens [T, n, D] that belong to each object (bool [K, T, n]; zeros where none
+    does), with the code of its centre's voxel [K, 3]."""
+    share = members.flatten(1).to(encoded)
+    mean = share @ encoded.flatten(0, 1) / share.sum(1, keepdim=True).clamp(min=1)
+    return mean + position_code(voxels, encoded.shape[-1]).to(encoded)
+
+
+def ground_head(w: Weights, name: str, x: Tensor) -> Tensor:
+    return linear(w, f"{name}.3", layer_norm(w, f"{name}.2", F.relu(linear(w, f"{name}.0", x)), HEAD_EPS))
+
+
+def ground_scores(w: Weights, objects: Tensor, hidden: Tensor) -> Tensor:
+    """[K + 1] cosines of objects [K, D], and of none, with the hidden state [D] at `<ground>`."""
+    rows = ground_head(w, "ground_head_obj", torch.cat([objects, w["ground_head_zero_target"][None]]))
+    return F.cosine_similarity(rows, ground_head(w, "ground_head_query", hidden)[None])
