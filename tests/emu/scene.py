@@ -1,4 +1,4 @@
-"""VEGA-3D on the emulated device beside the CPU: `python -m tests.emu.scene features|questions`, one JSON line.
+"""VEGA-3D on the emulated device beside the CPU: `python -m tests.emu.scene WHAT`, one JSON line.
 
 CUDA nodes run on the emulator and Triton nodes in the interpreter, in plan order: TRITON_INTERPRET=1 must be set.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 
 import numpy as np
-from _vega import geometry, pictures, random_generator, random_model
+from _vega import VACE, geometry, pictures, random_generator, random_model
 
 from engine.ops.registry import error
 from engine.runtime import cuda
@@ -21,13 +21,14 @@ from .driver import EmulatedCuda
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("features", "questions"))
+    parser.add_argument("what", choices=("features", "vace", "prompt", "questions"))
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--audit", action="store_true")
     args = parser.parse_args()
 
     def features(device: str):
-        m = random_generator(device, args.dtype, per_pass=2)
+        other = {"vace": {"dit": VACE}, "prompt": {"tokens": 3}}.get(args.what, {})
+        m = random_generator(device, args.dtype, per_pass=2, **other)
         return m, m.features(np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8), seed=5)
 
     def questions(device: str):
@@ -40,7 +41,7 @@ def main() -> int:
         parts = (m._read_rows()[: m.visual], scene.gates, m.io.logits.read(), found.scores)
         return m, np.concatenate([np.ravel(p).astype(np.float32) for p in parts])
 
-    run = {"features": features, "questions": questions}[args.what]
+    run = questions if args.what == "questions" else features
     _, cpu = run("cpu")
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")

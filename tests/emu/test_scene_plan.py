@@ -24,9 +24,10 @@ LIMITS = {"fp32": 1e-5, "bf16": 5e-3}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS)
-def test_small_generator_equals_the_cpu_tape(dtype: str) -> None:
-    """Seeds, crops, the VAE, the transformer, means; every plan audited."""
-    found = beside("scene", "features", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
+@pytest.mark.parametrize("what", ["features", "vace", "prompt"])
+def test_small_generator_equals_the_cpu_tape(what: str, dtype: str) -> None:
+    """Seeds, crops, the VAE, the transformer, means; hints, and a text of several tokens; every plan audited."""
+    found = beside("scene", what, "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
     assert found["error"] <= LIMITS[dtype], found
     assert found["kinds"] == ["cuda", "triton"]
     assert found["audit"] == ([] if dtype == "fp32" else None)

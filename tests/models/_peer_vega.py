@@ -66,10 +66,10 @@ def made() -> Path:
 
 
 @functools.cache
-def generator_cases() -> list[GeneratorCase]:
-    """In order."""
+def generator_cases(kind: str = "generator") -> list[GeneratorCase]:
+    """In order; `prompt`: with a text of several tokens."""
     cases = []
-    for path in sorted(made().glob("generator-*")):
+    for path in sorted(made().glob(f"{kind}-*")):
         about = json.loads((path / "config.json").read_text())
         cases.append(GeneratorCase(path, about, load_file(path / "peer.safetensors")))
     return cases

@@ -33,10 +33,15 @@ VAE = VaeConfig(dim=8, z=4, mult=(1, 2), blocks=1, mean=(0.1, -0.2, 0.3, 0.0), s
 DIT = DitConfig(dim=48, ffn=64, heads=2, layers=3, channels=4, freq_dim=32, text_dim=24)
 
 
-def random_generator(device: str = "cpu", dtype: str = "fp32", **options) -> GeneratorFeatures:
-    """A small generator on frames of 24 x 16, tapped behind block 1."""
-    prompt = np.random.default_rng(9).standard_normal((1, DIT.text_dim)).astype(np.float32)
-    files = Files(DIT, VAE, filled(dit_shapes(DIT), 1), filled(vae_shapes(VAE), 2), prompt)
+VACE = replace(DIT, kind="vace", vace_layers=(0, 1), vace_channels=12)
+
+
+def random_generator(
+    device: str = "cpu", dtype: str = "fp32", *, dit: DitConfig = DIT, tokens: int = 1, **options
+) -> GeneratorFeatures:
+    """A small generator on frames of 24 x 16, tapped behind block 1. tokens: of its prompt."""
+    prompt = np.random.default_rng(9).standard_normal((tokens, dit.text_dim)).astype(np.float32)
+    files = Files(dit, VAE, filled(dit_shapes(dit), 1), filled(vae_shapes(VAE), 2), prompt)
     given = {"size": (24, 16), "block": 1, "grid": (2, 3), "max_pixels": 4096, "progress": False} | options
     return GeneratorFeatures.load(Path("random"), source=files, device=device, dtype=dtype, **given)
 

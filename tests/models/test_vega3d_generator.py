@@ -102,6 +102,21 @@ def test_engine_is_diffusers(i, tmp_path):
 
 @peer
 @pytest.mark.parametrize("i", range(CASES))
+def test_longer_texts_are_diffusers(i, tmp_path):
+    """Keys and values once at load, and one key that stands for all padding."""
+    case = generator_cases("prompt")[i]
+    assert len(case.io["prompt"]) > 1
+    folder = as_folder(case, tmp_path / "wan")
+    images, want = case.io["images"].transpose(0, 2, 3, 1), case.io["features"]
+    for dtype, limit in (("fp32", FP32), ("bf16", BF16)):
+        with loaded(case, folder, dtype=dtype) as m:
+            assert error(m.features(images, noise=noise_for(case, m.vae)), want) <= limit
+            for name, plan in m.plans.items():
+                assert len(plan) <= m.node_budgets[name]
+
+
+@peer
+@pytest.mark.parametrize("i", range(CASES))
 def test_the_empty_text_is_umt5_s(i):
     """Of </s> alone, from either name of the token table and from the original names."""
     folder = made() / f"text-{i:02d}"
@@ -373,8 +388,8 @@ def test_missing_parts_are_named(case, folder, tmp_path):
     save_file({PROMPT_KEY: np.zeros((1, 5), np.float32)}, to / PROMPT_FILE)
     with pytest.raises(CheckpointError, match=r"'context'\) is \[1, 5\]"):
         Files.of(to)
-    save_file({PROMPT_KEY: np.zeros((3, case.io["prompt"].shape[1]), np.float32)}, to / PROMPT_FILE)
-    with pytest.raises(CheckpointError, match="3 tokens"):
+    save_file({PROMPT_KEY: np.zeros((512, case.io["prompt"].shape[1]), np.float32)}, to / PROMPT_FILE)
+    with pytest.raises(CheckpointError, match="n < 512"):
         Files.of(to)
     tensors = load_file(case.folder / "transformer.safetensors")
     tensors.pop("patch_embedding.weight")

@@ -7,6 +7,8 @@ Run by the interpreter of the peer environment (it knows nothing of `engine`):
 OUT/generator-NN: vae.safetensors and transformer.safetensors as diffusers names them, config.json with {vae,
 transformer, timestep, block} and peer.safetensors (fp32): images [N, 3, H, W] in [-1, 1], mu [N, z, h, w] (the mode of
 the posterior), z [N, z, h, w], prompt [n, text_dim], features [N, L, d] (of the block), velocity [N, z, h, w].
+OUT/prompt-NN: the same with a prompt of several tokens.
+OUT/vace: config.json and model.safetensors of a VACE transformer, for its names.
 OUT/text-NN: model.safetensors of a UMT5 encoder as transformers names it, and peer.safetensors: states [1, 1, d],
 what it gives for the token 1 alone.
 """
@@ -19,7 +21,7 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -33,7 +35,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator, scale: float =
             p.copy_(1 + 0.1 * noise if one else noise * (scale if p.dim() < 2 else p[0].numel() ** -0.5))
 
 
-def generator_case(folder: Path, seed: int) -> None:
+def generator_case(folder: Path, seed: int, tokens: int = 1) -> None:
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     mult = rng.choice([[1, 2], [1, 2, 4], [1, 2, 2, 3]])
     z = rng.choice([4, 8])
@@ -53,7 +55,7 @@ def generator_case(folder: Path, seed: int) -> None:
     n, height, width = rng.choice([1, 2, 3]), factor * rng.randint(2, 5), factor * rng.randint(2, 6)
     images = torch.rand(n, 3, height, width, generator=g) * 2 - 1
     timestep, block = rng.choice([52, 101, 299, 700]), rng.randrange(dit_config["num_layers"])
-    prompt = torch.randn(1, dit_config["text_dim"], generator=g)
+    prompt = torch.randn(tokens, dit_config["text_dim"], generator=g)
     with torch.no_grad():
         mu = torch.cat([vae.encode(x[None, :, None]).latent_dist.mode() for x in images])
         latents = torch.randn(mu.shape, generator=g)
@@ -70,6 +72,17 @@ def generator_case(folder: Path, seed: int) -> None:
     save_file({"images": images, "mu": mu[:, :, 0].contiguous(), "z": latents[:, :, 0].contiguous(), "prompt": prompt,
                "features": seen[0].contiguous(), "velocity": velocity[:, :, 0].contiguous()},
               folder / "peer.safetensors")  # fmt: skip
+
+
+def vace_names(folder: Path) -> None:
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "ffn_dim": 40,
+              "text_dim": 24, "freq_dim": 32, "num_layers": 3, "vace_layers": [0, 2],
+              "vace_in_channels": 12}  # fmt: skip
+    model = WanVACETransformer3DModel(**config)
+    randomise(model, torch.Generator().manual_seed(1))
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanVACETransformer3DModel", **config}))
 
 
 def text_case(folder: Path, seed: int) -> None:
@@ -100,7 +113,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for i in range(args.cases):
         generator_case(args.out / f"generator-{i:02d}", 1000 * args.seed + i)
+        generator_case(args.out / f"prompt-{i:02d}", 1000 * args.seed + 500 + i, tokens=(2, 3, 7, 40)[i % 4])
         text_case(args.out / f"text-{i:02d}", 1000 * args.seed + i)
+    vace_names(args.out / "vace")
 
 
 if __name__ == "__main__":

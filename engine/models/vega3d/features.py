@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from engine.blocks.weights import Packer, Recipe, Shapes
-from engine.errors import CheckpointError, ConfigError, InputError
+from engine.errors import CheckpointError, InputError
 from engine.io.checkpoint import Checkpoint, MappedSource, SafetensorsFile, Source
 from engine.io.values import show
 from engine.models.vega3d.generator import Generator
@@ -56,8 +56,6 @@ class Files:
         """
         inside = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
         config = DitConfig.from_json(read_config(inside, "config.json"))
-        if config.kind != "t2v":
-            raise ConfigError(f"{inside} is a generator of kind {config.kind!r}; only 't2v' is supported so far")
         vae_file = next((folder / name for name in VAE_FILES if (folder / name).exists()), None)
         if vae_file is None:
             raise CheckpointError(
@@ -93,10 +91,6 @@ def _checked_prompt(value: np.ndarray, c: DitConfig) -> np.ndarray:
             f"the prompt's embedding ({PROMPT_FILE}, {PROMPT_KEY!r}) is {list(value.shape)}; [n, {c.text_dim}] with "
             f"n < {c.text_len} is needed"
         )
-    if len(rows) != 1:
-        raise CheckpointError(
-            f"the prompt's embedding ({PROMPT_FILE}) has {len(rows)} tokens; only one (an empty text) is supported"
-        )
     return rows
 
 
@@ -107,17 +101,18 @@ class GeneratorFeatures(Model):
     def load(
         cls, folder: Path, *, source: Files | None = None, device: str = "cpu", dtype: object = "auto",
         quant: str | None = None, size: tuple[int, int] = (1280, 720), timestep: int = 300, shift: float = 5.0,
-        block: int = -1, crop: str = "cover", grid: tuple[int, int] | None = (14, 14), per_pass: int | None = None,
-        max_pixels: int = MAX_PIXELS, strict: bool = False, progress: bool = True,
+        block: int = -1, crop: str = "cover", grid: tuple[int, int] | None = (14, 14), context_scale: float = 1.0,
+        per_pass: int | None = None, max_pixels: int = MAX_PIXELS, strict: bool = False, progress: bool = True,
     ) -> GeneratorFeatures:  # fmt: skip
-        """size, timestep, shift, block, crop, grid: see `Tap`; they belong to whatever was trained on the features.
+        """size, timestep, shift, block, crop, grid, context_scale: see `Tap`; they belong to what was trained on the
+        features.
 
         dtype: float32 or bfloat16 ('auto'). quant: 'int8' or 'int4' for the transformer's products. per_pass: frames
         that share a pass through the transformer, default 1 on a CPU and 4 on a GPU. max_pixels: of the largest frame.
         """
         files = source or Files.of(folder)
         try:
-            tap = Tap(size, timestep, shift, block, crop, grid)
+            tap = Tap(size, timestep, shift, block, crop, grid, context_scale)
             return cls(files, tap.checked(files.dit_config, files.vae_config), name=folder.name, device=device,
                        dtype=dtype, quant=quant, per_pass=per_pass, max_pixels=max_pixels, strict=strict,
                        progress=progress)  # fmt: skip
@@ -153,6 +148,12 @@ class GeneratorFeatures(Model):
         with strict_dispatch(strict), on(device):
             for plan, step in self._generator.steps().items():
                 self.plans[plan] = capture(step, plan)
+            if not dry:
+                self._generator.fill()
+        if "black" in self.plans and not dry:
+            self._place(0, np.zeros((2, 2, 3), np.float32))
+            self.plans["frame.0"].replay()
+            self.plans["black"].replay()
 
     def _build(
         self, dit: MappedSource, vae: MappedSource, prompt: np.ndarray, arena: Arena, recipe: Recipe, kv: str,
@@ -161,7 +162,7 @@ class GeneratorFeatures(Model):
         step = self.vae.factor * self.dit.patch
         rows, columns = self.tap.size[1] // step, self.tap.size[0] // step
         first = VaeLoader(self.vae, vae, arena, Recipe(recipe.dtype, None)).load(self.tap)
-        parts = DitLoader(self.dit, self.tap, dit, arena, recipe).load(prompt, rows, columns)
+        parts = DitLoader(self.dit, self.tap, dit, arena, recipe, kv).load(prompt, rows, columns)
         bar = tqdm(parts, total=self.tap.block + 2, desc="loading", unit="block", disable=not progress, delay=1.0,
                    leave=False)  # fmt: skip
         weights = next(w for w in bar if w is not None)
@@ -196,7 +197,8 @@ class GeneratorFeatures(Model):
     def features(
         self, frames: np.ndarray, *, noise: np.ndarray | None = None, seed: int = 0, progress: bool = False
     ) -> np.ndarray:
-        """f32 [T, cells, C]: of each frame alone, cells row by row (the tap's grid, or the transformer's own).
+        """f32 [T, cells, C]: of each frame alone, cells row by row (the tap's grid, or the transformer's own). VACE
+        also sees the first frame beside each.
 
         frames: [T, H, W, 3], uint8 or floats in [-1, 1]. noise: f32 [T, z, h, w], standard normal, of the latents; else
         drawn from `seed`, the same for the same place in the clip. Raises: InputError before any work.
@@ -212,10 +214,14 @@ class GeneratorFeatures(Model):
             raise InputError(f"seed={seed!r} is not an integer in [0, 2^64)")
         out = np.empty((len(clip), g.cells, self.dit.dim), np.float32)
         with self._use():
+            if "reference" in self.plans:
+                self._place(0, clip[0])
+                self.plans["frame.0"].replay()
+                self.plans["reference"].replay()
             for at in tqdm(range(0, len(clip), g.per_pass), desc="features", disable=not progress, leave=False):
                 part = clip[at : at + g.per_pass]
                 for i, frame in enumerate(part):
-                    g.place(i, frame.astype(np.float32) / 127.5 - 1 if frame.dtype == np.uint8 else frame)
+                    self._place(i, frame)
                     if given is not None:
                         g.place_noise(i, given[at + i])
                     else:
@@ -225,6 +231,9 @@ class GeneratorFeatures(Model):
                 self.plans["features"].replay()
                 out[at : at + len(part)] = g.out.read().reshape(g.per_pass, g.cells, -1)[: len(part)]
         return out
+
+    def _place(self, i: int, frame: np.ndarray) -> None:
+        self._generator.place(i, frame.astype(np.float32) / 127.5 - 1 if frame.dtype == np.uint8 else frame)
 
 
 def _frames(frames: object, max_pixels: int) -> np.ndarray:

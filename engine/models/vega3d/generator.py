@@ -3,8 +3,13 @@
 noise.i    the noise of one frame into place i of a pass
 frame.i    one frame into place i: resize and crop, the VAE's encoder as a 2-D network, noise
 features   a pass of frames through the transformer up to the tapped block, pooled before its last product
+black, reference   VACE: what place 0 holds becomes the black frame, or the clip's first one, of every context
 
 Frames are videos of one frame each: no frame sees another, so any number of them may share a pass.
+
+VACE pads the tokens of a frame to twice their number; what is tapped are the padded rows, which are only queries. Rows
+lie in halves: those of all frames of a pass, then their padding. A block of hints runs right before the block whose
+output its hint is added to, so no hint is stored.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +27,10 @@ from engine.models.vega3d.generator_weights import (
     Conv,
     DitBlock,
     DitWeights,
+    OneToken,
     Stage,
+    Tokens,
+    VaceWeights,
     VaeAttention,
     VaeBlock,
     VaeWeights,
@@ -32,11 +41,12 @@ from engine.ops import gemm as gemm_op
 from engine.ops.attention import KVCache, attention
 from engine.ops.conv import conv_patches
 from engine.ops.fuse import gate_heads
-from engine.ops.gather import Sums, gather_sum
+from engine.ops.gather import Sums, gather, gather_sum
 from engine.ops.gemm import Window, gemm
 from engine.ops.norm import norm
 from engine.ops.rng import rng
 from engine.runtime.arena import Arena, Tensor
+from engine.runtime.plan import capture
 
 NODES_PER_BLOCK = 9
 VAE_NODES = {"block": 4, "down": 2, "attention": 3}
@@ -131,10 +141,27 @@ class Generator:
         ctx = -(-cells(last.level) // 16) * 16
         self._vae_kv = KVCache.empty(arena, "generator.vae.kv", 1, last.cin, ctx, kv_format, 1, "workspace")
         self._latents = ws("latents", n * self.latent[0] * self.latent[1], vae.z)
-        m = n * self.tokens
+        vace = weights.vace is not None
+        self._half = n * self.tokens
+        m = self._half * (2 if vace else 1)
         self._x, self._qkv, self._mixed = ws("x", m, d), ws("qkv", m, 3 * d), ws("mixed", m, d)
         self._hidden = ws("hidden", m, dit.ffn)
-        self._patches = ws("patches", m, dit.channels * dit.patch**2)
+        self._patches = ws("patches", self._half, dit.channels * dit.patch**2)
+        if vace:
+            self._clean = ws("clean", n * self.latent[0] * self.latent[1], vae.z)
+            self._hints = ws("hints", m, d)
+            self._given = {k: arena.alloc(f"generator.{k}", (self.tokens, d), "f32", "state")
+                           for k in ("reference", "black")}  # fmt: skip
+            self._none = arena.alloc("generator.none", (self._half,), "i32", "weights")
+            self._seen = arena.alloc("generator.seen", (n,), "i32", "weights")
+            if not arena.dry:
+                self._none.write(np.full(self._half, -1, np.int32))
+                self._seen.write(np.full(n, self.tokens, np.int32))
+        if weights.text > 1:
+            self._text = [arena.alloc(f"generator.text.{k}", (weights.text, d), "f32", "io") for k in "kv"]
+            self._text_pos = arena.alloc("generator.text.pos", (1,), "i32", "weights")
+            if not arena.dry:
+                self._text_pos.write(np.array([weights.text], np.int32))
         self.out = arena.alloc("generator.out", (n * self.cells, d), "f32", "io")
         self._zero = arena.alloc("generator.zero", (n,), "i32", "io")
         ctx = -(-self.tokens // 16) * 16
@@ -147,18 +174,35 @@ class Generator:
             matrix = averages(self.rows, self.columns, tap.grid)
             self._pool = Sums.of(arena, "generator.pool", matrix, self.tokens)
             self._pooled = ws("pooled", n * self.cells, dit.ffn)
+            if vace:
+                self._pooled_hints = ws("pooled_hints", n * self.cells, d)
         direct = half == "bf16" and vae_weights.head.w.format == "bf16"
         sizes = [gemm_op.workspace_bytes(cells(s.level), 9 * max(s.cin, s.cout), direct=direct) for s in self._stages]
         sizes += [gemm_op.workspace_bytes(cells(s.level), s.cin) for s in self._stages]
         sizes += [gemm_op.workspace_bytes(m, max(d, dit.ffn)), gemm_op.workspace_bytes(cells(0), 27)]
         sizes += [attention_op.workspace_bytes(k.ctx, k.kv_heads, k.d, k.ctx) for k in (self._kv, self._vae_kv)]
+        if isinstance(text := weights.blocks[0].text, Tokens):
+            sizes.append(attention_op.workspace_bytes(m, dit.heads, dit.head_dim, text.cache.ctx))
         self._ws = ws("ws", max(sizes), dtype="u8")
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """What each plan records."""
         out: dict[str, Callable[[], None]] = {f"frame.{i}": partial(self._encode, i) for i in range(self.per_pass)}
         out |= {f"noise.{i}": partial(self._draw, i) for i in range(self.per_pass)}
+        if self._weights.vace is not None:
+            out |= {"reference": partial(self._refer, "reference"), "black": partial(self._refer, "black")}
         return out | {"features": self._features}
+
+    def fill(self) -> None:
+        """Once, at load: keys and values of a text of several tokens."""
+        for block in [*self._weights.blocks, *(self._weights.vace.blocks.values() if self._weights.vace else ())]:
+            if isinstance(text := block.text, Tokens):
+                for buffer, value in zip(self._text, (text.keys, text.values)):
+                    buffer.write(value.astype(np.float32))
+                k, v = self._text
+                capture(partial(attention, None, k, v, text.cache, self._zero.slice(0, (1,)), None,
+                                heads=self.dit.heads, causal=False, ws=self._ws), "text").replay()  # fmt: skip
+                text.keys = text.values = np.zeros((0, self.dit.dim))
 
     # ------------------------------------------------------------------------------------------ what a caller gives
     def place(self, i: int, frame: np.ndarray) -> None:
@@ -188,7 +232,11 @@ class Generator:
     def node_budgets(self) -> dict[str, int]:
         """Most nodes of a frame's plan and of the features'."""
         vae = 5 + sum(VAE_NODES[s.kind] + (s.kind == "block" and s.cin != s.cout) for s in self._stages)
-        return {"frame": vae, "features": 2 + NODES_PER_BLOCK * (self.tap.block + 1) + 2}
+        w = self._weights
+        each = NODES_PER_BLOCK + (2 if w.text > 1 else 0) + (2 if w.vace else 0)
+        hints = (each + 1) * len(w.vace.blocks) + 4 * self.per_pass + 4 if w.vace else 0
+        return {"frame": vae + (w.vace is not None), "features": 2 + each * (self.tap.block + 1) + 2 + hints,
+                "reference": 2, "black": 2}  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ frames to latents
     def _draw(self, place: int) -> None:
@@ -216,7 +264,12 @@ class Generator:
         z = self._latents.slice(place * cells * self.vae.z, (cells, self.vae.z))
         noise = self.noise.slice(place * cells * self.vae.z, (cells, self.vae.z))
         padded = self._normed(x, w.norm, len(self._levels) - 1, "vae.head.norm")
-        self._conv(padded, w.head, z, len(self._levels) - 1, "vae.head", residual=noise)
+        if self._weights.vace is None:
+            self._conv(padded, w.head, z, len(self._levels) - 1, "vae.head", residual=noise)
+            return
+        clean = self._clean.slice(place * cells * self.vae.z, (cells, self.vae.z))
+        self._conv(padded, w.head, clean, len(self._levels) - 1, "vae.head")
+        norm(clean, z, kind="none", add=noise, label="noised")
 
     def _normed(self, x: Tensor, gamma: Tensor | None, level: int, label: str) -> Tensor:
         """silu(rms(x) * gamma), or x as it is, in a border of zeros."""
@@ -271,34 +324,123 @@ class Generator:
         gemm(mixed, w.out.w, x, bias=w.out.bias, residual=x, ws=self._ws, label=f"vae.{s.name}.out")
 
     # ------------------------------------------------------------------------------------------ latents to features
-    def _features(self) -> None:
-        w, n, (height, width) = self._weights, self.per_pass, self.latent
-        latents = self._latents.slice(0, (n, height, width, self.vae.z))
-        conv_patches(latents, self._patches, size=self.dit.patch, stride=self.dit.patch, label="patches")
-        gemm(self._patches, w.patch, self._x, bias=w.patch_bias, ws=self._ws, label="patch")
-        for i, block in enumerate(w.blocks):
-            self._transform(i, block, last=i == len(w.blocks) - 1)
+    def _patched(self, latents: Tensor, n: int) -> Tensor:
+        """Patches [n * tokens, z * p * p] of n frames."""
+        (height, width), out = self.latent, self._patches.slice(0, (n * self.tokens, self._patches.shape[1]))
+        conv_patches(latents.slice(0, (n, height, width, self.vae.z)), out, size=self.dit.patch,
+                     stride=self.dit.patch, label="patches")  # fmt: skip
+        return out
 
-    def _transform(self, i: int, w: DitBlock, last: bool) -> None:
-        c, x, ws = self.dit, self._x, self._ws
-        q, k, v = (self._qkv.columns(j * c.dim, c.dim) for j in range(3))
-        gemm(x, w.qkv, self._qkv, prologue="layer", eps=c.eps, bias=w.qkv_bias, ws=ws, label=f"{i}.qkv")
-        norm(q, q, kind="rms", weight=w.norm_q, eps=c.eps, label=f"{i}.norm_q")
-        norm(k, k, kind="rms", weight=w.norm_k, eps=c.eps, label=f"{i}.norm_k")
-        attention(q, k, v, self._kv, self._zero, self._mixed, heads=c.heads, causal=False, rope=self._rope, ws=ws,
-                  label=f"{i}.attention")  # fmt: skip
-        gemm(self._mixed, w.out, x, bias=w.out_bias, residual=x, ws=ws, label=f"{i}.out")
-        gemm(x, w.query, self._mixed, prologue="layer", eps=c.eps, bias=w.query_bias, ws=ws, label=f"{i}.query")
-        gate_heads(self._mixed, w.dk, w.u, w.base, x, x, bias=self._weights.pad_bias, eps=c.eps, label=f"{i}.text")
-        gemm(x, w.fc1, self._hidden, prologue="layer", eps=c.eps, bias=w.fc1_bias, act="gelu_tanh", ws=ws,
-             label=f"{i}.fc1")  # fmt: skip
-        if not last:
-            gemm(self._hidden, w.fc2, x, bias=w.fc2_bias, residual=x, ws=ws, label=f"{i}.fc2")
+    def _refer(self, which: str) -> None:
+        w = self._weights.vace
+        assert w is not None
+        bias = w.reference_bias if which == "reference" else w.black_bias
+        gemm(self._patched(self._clean, 1), w.reference, self._given[which], bias=bias, ws=self._ws, label=which)
+
+    def _features(self) -> None:
+        w, n, last = self._weights, self.per_pass, len(self._weights.blocks) - 1
+        x = self._x.slice(0, (self._half, self.dit.dim))
+        gemm(self._patched(self._latents, n), w.patch, x, bias=w.patch_bias, ws=self._ws, label="patch")
+        if w.vace is not None:
+            self._begin_hints(w.vace, x)
+        for i, block in enumerate(w.blocks):
+            hint = None if w.vace is None else w.vace.blocks.get(i)
+            if hint is not None:
+                hints = self._hint(i, hint, tail=i == last)
+            hidden, stream = self._transform(str(i), block, self._x, tail=i == last)
+            if i < last:
+                self._close(str(i), block, hidden, stream)
+            else:
+                self._tap(str(i), block, hidden, stream, self.out)
+            if hint is not None and hint.after is not None:
+                out, (after, bias) = self._x if i < last else self.out, hint.after
+                gemm(hints, after, out, bias=bias, residual=out, ws=self._ws, label=f"hint.{i}")
+
+    def _hint(self, i: int, w: DitBlock, *, tail: bool) -> Tensor:
+        """What a hint is made of: the rows that the tapped block pools, or all."""
+        hidden, stream = self._transform(f"hint.{i}", w, self._hints, tail=tail)
+        if not tail or self._pool is None:
+            self._close(f"hint.{i}", w, hidden, stream)
+            return stream
+        self._tap(f"hint.{i}", w, hidden, stream, self._pooled_hints)
+        return self._pooled_hints
+
+    def _begin_hints(self, w: VaceWeights, x: Tensor) -> None:
+        """No padding row has a value yet; hints start from the context, and from the frame's own tokens."""
+        d, size, half = self.dit.dim, self.tokens, self._half
+        text = self._weights.blocks[0].fc2_bias  # any table with rows of this width
+        gather(text.slice(0, (1, d)), self._none, self._x.slice(half * d, (half, d)), label="padding")
+        patches = self._patched(self._clean, self.per_pass)
+        for i in range(self.per_pass):
+            at = i * size
+            norm(x.slice(at * d, (size, d)), self._hints.slice(at * d, (size, d)), kind="none",
+                 add=self._given["reference"], label="reference")  # fmt: skip
+            gemm(patches.slice(at * patches.shape[1], (size, patches.shape[1])), w.frame,
+                 self._hints.slice((half + at) * d, (size, d)), residual=self._given["black"], ws=self._ws,
+                 label="context")  # fmt: skip
+
+    def _transform(self, label: str, w: DitBlock, x: Tensor, *, tail: bool) -> tuple[Tensor, Tensor]:
+        """A block up to its last product: (hidden values, stream). tail: nothing behind it reads a frame's own rows, if
+        there are padded ones."""
+        c, ws = self.dit, self._ws
+
+        def live(t: Tensor) -> Tensor:
+            part = self._half if tail and w.apart else 0
+            return t.slice(part * t.shape[1], (t.shape[0] - part, t.shape[1]))
+
+        self._mix(label, w, x, tail)
+        x, mixed, hidden = live(x), live(self._mixed), live(self._hidden)
+        gemm(mixed, w.out, x, bias=w.out_bias, residual=x, ws=ws, label=f"{label}.out")
+        gemm(x, w.query, mixed, prologue="layer", eps=c.eps, bias=w.query_bias, ws=ws, label=f"{label}.query")
+        if isinstance(text := w.text, OneToken):
+            gate_heads(mixed, text.dk, text.u, text.base, x, x, bias=math.log(self._weights.pads), eps=c.eps,
+                       label=f"{label}.text")  # fmt: skip
+        else:
+            seen = live(self._qkv).columns(0, c.dim)
+            norm(mixed, mixed, kind="rms", weight=text.norm, eps=c.eps, label=f"{label}.norm_text")
+            attention(mixed, None, None, text.cache, self._text_pos, seen, heads=c.heads, causal=False,
+                      pads=text.pads, ws=ws, label=f"{label}.text")  # fmt: skip
+            gemm(seen, text.out, x, bias=w.text_bias, residual=x, ws=ws, label=f"{label}.text_out")
+        gemm(x, w.fc1, hidden, prologue="layer", eps=c.eps, bias=w.fc1_bias, act="gelu_tanh", ws=ws,
+             label=f"{label}.fc1")  # fmt: skip
+        return hidden, x
+
+    def _mix(self, label: str, w: DitBlock, x: Tensor, tail: bool) -> None:
+        """Attention of a block, into `_mixed`."""
+        c, ws, d, half = self.dit, self._ws, self.dit.dim, self._half
+        common: dict[str, Any] = {"heads": c.heads, "causal": False, "ws": ws}
+        own = self._qkv.slice(0, (half, 3 * d))
+        q, k, v = (own.columns(j * d, d) for j in range(3))
+        if w.apart is None:
+            gemm(x, w.qkv, own, prologue="layer", eps=c.eps, bias=w.qkv_bias, ws=ws, label=f"{label}.qkv")
+            norm(q, q, kind="rms", weight=w.norm_q, eps=c.eps, label=f"{label}.norm_q")
+            norm(k, k, kind="rms", weight=w.norm_k, eps=c.eps, label=f"{label}.norm_k")
+            attention(q, k, v, self._kv, self._zero, self._mixed, rope=self._rope, label=f"{label}.attention", **common)
             return
-        hidden, stream = self._hidden, x
-        if self._pool is not None:  # means commute with the last product: of 14 x 14 cells instead of all
-            stream = self._mixed.slice(0, self.out.shape)
-            gather_sum(x, self._pool, stream, label="pool")
-            gather_sum(self._hidden, self._pool, self._pooled, label="pool.hidden")
-            hidden = self._pooled
-        gemm(hidden, w.fc2, self.out, bias=w.fc2_bias, residual=stream, ws=ws, label=f"{i}.fc2")
+        first = half if tail else 0
+        rows = self._qkv.slice(first * 3 * d, (2 * half - first, 3 * d)).columns(0, d)
+        asked = x.slice(first * d, (2 * half - first, d))
+        matrix, bias = w.apart
+        gemm(asked, matrix, rows, prologue="layer", eps=c.eps, bias=bias, ws=ws, label=f"{label}.q")
+        gemm(x.slice(0, (half, d)), w.qkv, own.columns(d, 2 * d), prologue="layer", eps=c.eps, bias=w.qkv_bias, ws=ws,
+             label=f"{label}.kv")  # fmt: skip
+        norm(rows, rows, kind="rms", weight=w.norm_q, eps=c.eps, label=f"{label}.norm_q")
+        norm(k, k, kind="rms", weight=w.norm_k, eps=c.eps, label=f"{label}.norm_k")
+        mixed = self._mixed.slice(0, (half, d))
+        attention(None if tail else q, k, v, self._kv, self._zero, None if tail else mixed, rope=self._rope,
+                  label=f"{label}.attention", **common)  # fmt: skip
+        padded = self._qkv.slice(half * 3 * d, (half, 3 * d)).columns(0, d)
+        attention(padded, None, None, self._kv, self._seen, self._mixed.slice(half * d, (half, d)),
+                  label=f"{label}.padded", **common)  # fmt: skip
+
+    def _close(self, label: str, w: DitBlock, hidden: Tensor, stream: Tensor) -> None:
+        gemm(hidden, w.fc2, stream, bias=w.fc2_bias, residual=stream, ws=self._ws, label=f"{label}.fc2")
+
+    def _tap(self, label: str, w: DitBlock, hidden: Tensor, stream: Tensor, out: Tensor) -> None:
+        """The last product of the tapped block, behind the means: they commute."""
+        if self._pool is not None:
+            few = self._mixed.slice(0, self.out.shape)
+            gather_sum(stream, self._pool, few, label=f"{label}.pool")
+            gather_sum(hidden, self._pool, self._pooled, label=f"{label}.pool_hidden")
+            hidden, stream = self._pooled, few
+        gemm(hidden, w.fc2, out, bias=w.fc2_bias, residual=stream, ws=self._ws, label=f"{label}.fc2")

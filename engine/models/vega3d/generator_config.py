@@ -122,6 +122,8 @@ class DitConfig:
             number("eps", o.get("eps", d.eps), 0.0, 1.0), d.patch, vace,
             read("vace_in_dim", "vace_in_channels", d.vace_channels, 4096),
         )  # fmt: skip
+        if kind == "vace" and out.vace_channels < 2 * out.channels:
+            raise ConfigError(f"vace_in_dim = {out.vace_channels}; two latents of {out.channels} channels are needed")
         if dim % heads or out.head_dim % 2 or out.freq_dim % 2:
             raise ConfigError(f"generator: {dim} channels, {heads} heads, freq_dim {out.freq_dim}: heads must divide "
                               "the channels, and both quotients be even")  # fmt: skip

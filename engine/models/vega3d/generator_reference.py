@@ -116,7 +116,7 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def attention(w: Weights, c: DitConfig, name: str, x: Tensor, to: Tensor, angles: Tensor | None = None) -> Tensor:
-    """x [N, L, d] looks at `to` [N or 1, S, d]."""
+    """x [N, L, d] looks at `to` [N or 1, S, d]. angles: of the first rows of both; rows behind them do not turn."""
 
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (c.heads, c.head_dim)).transpose(1, 2)
@@ -128,16 +128,17 @@ def attention(w: Weights, c: DitConfig, name: str, x: Tensor, to: Tensor, angles
     k = heads(rms(linear("k", to), w[f"{name}.norm_k.weight"], c.eps))
     v = heads(linear("v", to))
     if angles is not None:
-        q, k = turn(q, angles), turn(k, angles)
+        n = len(angles)
+        q, k = torch.cat([turn(q[..., :n, :], angles), q[..., n:, :]], -2), turn(k, angles)
     return linear("o", F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def block(w: Weights, c: DitConfig, name: str, x: Tensor, e0: Tensor, context: Tensor, angles: Tensor) -> Tensor:
-    """x [N, L, d] behind one block; e0 [N or 1, 6, d], context [1, S, d]."""
+    """x [N, L, d] behind one block; e0 [N or 1, 6, d], context [1, S, d]. Rows beyond the angles are only queries."""
     sh1, sc1, g1, sh2, sc2, g2 = (w[f"{name}.modulation"] + e0).unsqueeze(2).unbind(1)
     d = (c.dim,)
     h = F.layer_norm(x, d, eps=c.eps) * (1 + sc1) + sh1
-    x = x + g1 * attention(w, c, f"{name}.self_attn", h, h, angles)
+    x = x + g1 * attention(w, c, f"{name}.self_attn", h, h[:, : len(angles)], angles)
     h = F.layer_norm(x, d, w[f"{name}.norm3.weight"], w[f"{name}.norm3.bias"], c.eps)
     x = x + attention(w, c, f"{name}.cross_attn", h, context)
     h = F.layer_norm(x, d, eps=c.eps) * (1 + sc2) + sh2
@@ -160,6 +161,39 @@ def features(w: Weights, c: DitConfig, z: Tensor, prompt: Tensor, timestep: floa
     for i in range(upto + 1):
         x = block(w, c, f"blocks.{i}", x, e0, context, angles)
     return x
+
+
+def vace_context(c: DitConfig, clean: Tensor, black: Tensor) -> Tensor:
+    """[N, vace_channels, 2, h, w] of clean latents [N, z, h, w] and a black frame's [z, h, w]: the first frame under an
+    empty mask, then black and the frame itself under a full one."""
+    n, z = clean.shape[:2]
+    mask = (n, c.vace_channels - 2 * z, *clean.shape[2:])
+    first = torch.cat([clean[:1].expand(n, -1, -1, -1), torch.zeros_like(clean), clean.new_zeros(mask)], 1)
+    second = torch.cat([black.expand(n, -1, -1, -1), clean, clean.new_ones(mask)], 1)
+    return torch.stack([first, second], 2)
+
+
+def vace_features(
+    w: Weights, c: DitConfig, z: Tensor, context: Tensor, prompt: Tensor, timestep: float | Tensor, upto: int,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Output [N, L, d] of block `upto` for latents z [N, C, 1, h, w] and `vace_context`: the padded half of its rows,
+    hints times `scale` included (All-in-One Video Creation and Editing, Jiang et al. 2025)."""
+    e0, text = modulations(w, c, timestep)[1], context_of(w, c, prompt)[None]
+    angles = rotations(c, 1, z.shape[3] // c.patch, z.shape[4] // c.patch)
+    x = patches(w, "patch_embedding", z)
+    x = torch.cat([x, torch.zeros_like(x)], 1)
+    hints, before = [], "vace_blocks.0.before_proj"
+    h = F.linear(patches(w, "vace_patch_embedding", context), w[f"{before}.weight"], w[f"{before}.bias"]) + x
+    for j in range(len(c.vace_layers)):
+        h = block(w, c, f"vace_blocks.{j}", h, e0, text, angles)
+        after = f"vace_blocks.{j}.after_proj"
+        hints.append(F.linear(h, w[f"{after}.weight"], w[f"{after}.bias"]))
+    for i in range(upto + 1):
+        x = block(w, c, f"blocks.{i}", x, e0, text, angles)
+        if i in c.vace_layers:
+            x = x + hints[c.vace_layers.index(i)] * scale
+    return x.chunk(2, 1)[1]
 
 
 def denoise(w: Weights, c: DitConfig, z: Tensor, prompt: Tensor, timestep: float | Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from engine.io.checkpoint import MappedSource, Source, expect
 from engine.io.mapped import Rule
 from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
 from engine.models.vega3d.schedule import noise_level, rotation_angles, time_sinusoid
+from engine.ops.attention import KVCache, Pads
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
 
@@ -40,13 +41,12 @@ def _dit_rules(keys: list[str]) -> list[Rule]:
         (re.compile("scale_shift_table$"), "head.modulation"),
         ("proj_out.", "head.head."),
     ]
-    rules.append((re.compile(r"blocks\.(\d+)\.scale_shift_table$"), r"blocks.\1.modulation"))
-    rules.append((re.compile(r"blocks\.(\d+)\.norm2\."), r"blocks.\1.norm3."))
+    parts = {r"scale_shift_table$": "modulation", r"norm2\.": "norm3.", r"ffn\.net\.0\.proj\.": "ffn.0.",
+             r"ffn\.net\.2\.": "ffn.2.", r"proj_in\.": "before_proj.", r"proj_out\.": "after_proj."}  # fmt: skip
     for one, name in (("attn1", "self_attn"), ("attn2", "cross_attn")):
-        for theirs, ours in _ATTENTION.items():
-            rules.append((re.compile(rf"blocks\.(\d+)\.{one}\.{theirs}\."), rf"blocks.\1.{name}.{ours}."))
-    rules.append((re.compile(r"blocks\.(\d+)\.ffn\.net\.0\.proj\."), r"blocks.\1.ffn.0."))
-    rules.append((re.compile(r"blocks\.(\d+)\.ffn\.net\.2\."), r"blocks.\1.ffn.2."))
+        parts |= {rf"{one}\.{theirs}\.": f"{name}.{ours}." for theirs, ours in _ATTENTION.items()}
+    for theirs, ours in parts.items():
+        rules.append((re.compile(rf"((?:vace_)?blocks\.\d+)\.{theirs}"), rf"\1.{ours}"))
     return rules
 
 
@@ -205,9 +205,34 @@ class VaeWeights:
 
 
 @dataclass
+class OneToken:
+    """A text of one token is a gate per head: see `gate_heads`."""
+
+    dk: Tensor
+    u: Tensor
+    base: Tensor
+
+
+@dataclass
+class Tokens:
+    """A longer text: keys and values [n, d] that the cache is to be filled with, those of padding, and what is around
+    the attention to them. norm: of the query, the keys' weight in it."""
+
+    cache: KVCache
+    pads: Pads
+    norm: Tensor
+    out: PackedMatrix
+    keys: np.ndarray
+    values: np.ndarray
+
+
+@dataclass
 class DitBlock:
-    """A block with the modulations of its timestep folded in, rotary pairs as halves of a head. A text of one token is
-    the gate (dk, u, base)."""
+    """A block with the modulations of its timestep folded in, rotary pairs as halves of a head.
+
+    apart: the matrix of the queries and its bias, where qkv holds keys and values alone. after: the product that makes
+    a hint of this block's output.
+    """
 
     qkv: PackedMatrix
     qkv_bias: Tensor
@@ -217,13 +242,30 @@ class DitBlock:
     out_bias: Tensor
     query: PackedMatrix
     query_bias: Tensor
-    dk: Tensor
-    u: Tensor
-    base: Tensor
+    text: OneToken | Tokens
+    text_bias: Tensor | None
     fc1: PackedMatrix
     fc1_bias: Tensor
     fc2: PackedMatrix
     fc2_bias: Tensor
+    apart: tuple[PackedMatrix, Tensor] | None = None
+    after: tuple[PackedMatrix, Tensor] | None = None
+
+
+@dataclass
+class VaceWeights:
+    """Hints by the block that they are added behind. Latents come in units of sigma, without noise.
+
+    reference: from the patches of a frame in the first channels, as the projection in front of the first block gives
+    them, with the bias of an empty mask; of a full one where that frame is black. frame: from the patches of the frame
+    itself, no bias.
+    """
+
+    blocks: dict[int, DitBlock]
+    reference: PackedMatrix
+    reference_bias: Tensor
+    black_bias: Tensor
+    frame: PackedMatrix
 
 
 @dataclass
@@ -232,7 +274,9 @@ class DitWeights:
     patch_bias: Tensor
     rope: Tensor  # f32 [cells, head_dim]
     blocks: list[DitBlock]
-    pad_bias: float  # log of how often the padding key is seen
+    pads: int  # how often the padding key is seen
+    text: int  # tokens of the prompt
+    vace: VaceWeights | None = None
 
 
 class VaeLoader(Packer):
@@ -292,9 +336,11 @@ class VaeLoader(Packer):
 
 
 class DitLoader(Packer):
-    def __init__(self, c: DitConfig, tap: Tap, source: MappedSource, arena: Arena, recipe: Recipe) -> None:
+    def __init__(
+        self, c: DitConfig, tap: Tap, source: MappedSource, arena: Arena, recipe: Recipe, kv_format: str = "f32"
+    ) -> None:
         super().__init__(source, arena)
-        self.c, self.tap, self.recipe = c, tap, recipe
+        self.c, self.tap, self.recipe, self.kv_format = c, tap, recipe, kv_format
         # Neighbouring channels are a pair; the kernels turn channel i and i + half.
         pairs = np.arange(c.head_dim).reshape(-1, 2).T.reshape(-1)
         self.order = (np.arange(c.heads)[:, None] * c.head_dim + pairs).reshape(-1)
@@ -314,7 +360,7 @@ class DitLoader(Packer):
         return self.linear("time_projection.1", _silu(e)).reshape(6, self.c.dim)
 
     def context(self, prompt: np.ndarray) -> np.ndarray:
-        """f64 [2, d]: the prompt's token, and what a row of padding becomes."""
+        """f64 [n + 1, d]: the prompt's tokens, and what a row of padding becomes."""
         rows = np.concatenate([prompt.astype(np.float64), np.zeros((1, self.c.text_dim))])
         return self.linear("text_embedding.2", _gelu_tanh(self.linear("text_embedding.0", rows)))
 
@@ -333,7 +379,14 @@ class DitLoader(Packer):
         keys, values = self.linear(f"{other}.k", context), self.linear(f"{other}.v", context)
         keys *= (np.square(keys).mean(1, keepdims=True) + c.eps) ** -0.5
         norms = self.exact(f"{other}.norm_k.weight") * self.exact(f"{other}.norm_q.weight")
-        difference = (values[0] - values[1]).reshape(c.heads, -1)
+        bias = self.exact(f"{other}.o.bias")
+        if len(context) == 2:
+            difference = (values[0] - values[1]).reshape(c.heads, -1)
+            text = {"dk": (keys[0] - keys[1]) * norms * c.head_dim**-0.5, "base": o @ values[1] + bias,
+                    "u": np.einsum("dhi,hi->hd", o.reshape(d, c.heads, -1), difference)}  # fmt: skip
+        else:
+            text = {"keys": keys[:-1], "values": values[:-1], "pad_k": keys[-1], "pad_v": values[-1],
+                    "text_norm": norms, "text_out": o, "text_bias": bias}  # fmt: skip
         fc1, fc2 = self.exact(f"{name}.ffn.0.weight"), self.exact(f"{name}.ffn.2.weight")
         return {
             "qkv": np.concatenate(weights), "qkv_bias": np.concatenate(biases),
@@ -342,43 +395,90 @@ class DitLoader(Packer):
             "out": self.exact(f"{own}.o.weight") * g1[:, None], "out_bias": self.exact(f"{own}.o.bias") * g1,
             "query": q * self.exact(f"{name}.norm3.weight"),
             "query_bias": q @ self.exact(f"{name}.norm3.bias") + self.exact(f"{other}.q.bias"),
-            "dk": (keys[0] - keys[1]) * norms * c.head_dim**-0.5,
-            "u": np.einsum("dhi,hi->hd", o.reshape(d, c.heads, -1), difference),
-            "base": o @ values[1] + self.exact(f"{other}.o.bias"),
             "fc1": fc1 * (1 + sc2), "fc1_bias": fc1 @ sh2 + self.exact(f"{name}.ffn.0.bias"),
             "fc2": fc2 * g2[:, None], "fc2_bias": self.exact(f"{name}.ffn.2.bias") * g2,
-        }  # fmt: skip
+        } | text  # fmt: skip
+
+    def packed(self, label: str, n: int, k: int, value: np.ndarray | None) -> PackedMatrix:
+        """A matrix [n, k] worked out here; None where the arena is dry."""
+        out = PackedMatrix.empty(self.arena, label, n, k, self.recipe.format("generator", k))
+        if value is not None and out.fill(value.astype(np.float32)):
+            raise CheckpointError(f"{label} of the generator holds values that are not finite or too large")
+        return out
 
     def block(self, name: str, e0: np.ndarray, context: np.ndarray) -> DitBlock:
-        d, ffn = self.c.dim, self.c.ffn
+        c, d, ffn = self.c, self.c.dim, self.c.ffn
         folded = {} if self.arena.dry else self.fold(name, e0, context)
+        split = c.kind == "vace"  # half of the rows have queries alone
 
-        def matrix(part: str, n: int, k: int) -> PackedMatrix:
-            label = f"{name}.{part}"
-            out = PackedMatrix.empty(self.arena, label, n, k, self.recipe.format("generator", k))
-            if folded and out.fill(folded[part].astype(np.float32)):
-                raise CheckpointError(f"{label} of the generator holds values that are not finite or too large")
-            return out
+        def matrix(part: str, n: int, k: int, rows: slice = slice(None), at: str = "") -> PackedMatrix:
+            return self.packed(f"{name}.{at or part}", n, k, folded[part][rows] if folded else None)
 
-        def vector(part: str, *shape: int) -> Tensor:
-            return self.put(f"{name}.{part}", shape, lambda: folded[part])
+        def vector(part: str, *shape: int, rows: slice = slice(None), at: str = "") -> Tensor:
+            return self.put(f"{name}.{at or part}", shape, lambda: folded[part][rows])
 
+        kv = slice(d if split else 0, None)
+        own = {"rows": slice(0, d), "at": "own"}
+        after = None
+        if name.startswith("vace"):
+            scale = self.tap.context_scale
+            weight, bias = (None, None) if self.arena.dry else (
+                self.exact(f"{name}.after_proj.{part}") * scale for part in ("weight", "bias"))  # fmt: skip
+            after = (self.packed(f"{name}.after", d, d, weight), self.put(f"{name}.after_bias", (d,), lambda: bias))  # type: ignore[arg-type, return-value]
+        text: OneToken | Tokens
+        if len(context) == 2:
+            text = OneToken(vector("dk", d), vector("u", c.heads, d), vector("base", d))
+        else:
+            n, zero = len(context) - 1, np.zeros((0, d))
+            cache = KVCache.empty(self.arena, f"{name}.text", c.heads, c.head_dim, -(-n // 16) * 16, self.kv_format)
+            count = self.arena.alloc(f"{name}.pads", (1,), "i32", "weights")
+            if not self.arena.dry:
+                count.write(np.array([c.text_len - n], np.int32))
+            text = Tokens(cache, Pads(vector("pad_k", d), vector("pad_v", d), count), vector("text_norm", d),
+                          matrix("text_out", d, d), folded.get("keys", zero), folded.get("values", zero))  # fmt: skip
         return DitBlock(
-            matrix("qkv", 3 * d, d), vector("qkv_bias", 3 * d), vector("norm_q", d), vector("norm_k", d),
-            matrix("out", d, d), vector("out_bias", d), matrix("query", d, d), vector("query_bias", d),
-            vector("dk", d), vector("u", self.c.heads, d), vector("base", d), matrix("fc1", ffn, d),
-            vector("fc1_bias", ffn), matrix("fc2", d, ffn), vector("fc2_bias", d),
+            matrix("qkv", (2 if split else 3) * d, d, kv), vector("qkv_bias", (2 if split else 3) * d, rows=kv),
+            vector("norm_q", d), vector("norm_k", d), matrix("out", d, d), vector("out_bias", d),
+            matrix("query", d, d), vector("query_bias", d), text,
+            None if len(context) == 2 else vector("text_bias", d), matrix("fc1", ffn, d), vector("fc1_bias", ffn),
+            matrix("fc2", d, ffn), vector("fc2_bias", d),
+            (matrix("qkv", d, d, **own), vector("qkv_bias", d, rows=slice(0, d), at="own_bias")) if split else None,  # type: ignore[arg-type]
+            after,
+        )  # fmt: skip
+
+    def vace(self, blocks: dict[int, DitBlock]) -> VaceWeights:
+        """What is around the blocks of hints, with the projection in front of the first one folded into the patches."""
+        c, z, d = self.c, self.c.channels, self.c.dim
+        _, alpha, sigma = noise_level(self.tap.timestep, self.tap.shift)
+        parts: dict[str, np.ndarray] = {}
+        if not self.arena.dry:
+            before, bias = self.exact("vace_blocks.0.before_proj.weight"), self.exact("vace_blocks.0.before_proj.bias")
+            w = self.exact("vace_patch_embedding.weight")[:, :, 0].transpose(0, 2, 3, 1)
+            empty = before @ self.exact("vace_patch_embedding.bias") + bias
+            parts = {"reference": before @ w[..., :z].reshape(d, -1) * (sigma / alpha), "reference_bias": empty,
+                     "black_bias": empty + before @ w[..., 2 * z :].sum((1, 2, 3)),
+                     "frame": before @ w[..., z : 2 * z].reshape(d, -1) * (sigma / alpha)}  # fmt: skip
+        width = z * c.patch**2
+
+        def matrix(part: str) -> PackedMatrix:
+            return self.packed(f"vace.{part}", d, width, parts.get(part))
+
+        return VaceWeights(
+            blocks, matrix("reference"), self.put("vace.reference_bias", (d,), lambda: parts["reference_bias"]),
+            self.put("vace.black_bias", (d,), lambda: parts["black_bias"]), matrix("frame"),
         )  # fmt: skip
 
     def load(self, prompt: np.ndarray, rows: int, columns: int) -> Iterator[DitWeights | None]:
-        """Yields None after each block, then the weights. prompt f32 [1, text_dim]."""
+        """Yields None after each block, then the weights. prompt f32 [n, text_dim]."""
         c = self.c
         dry = self.arena.dry
         e0 = np.zeros((6, c.dim)) if dry else self.modulations()
-        context = np.zeros((2, c.dim)) if dry else self.context(prompt)
-        blocks = []
+        context = np.zeros((len(prompt) + 1, c.dim)) if dry else self.context(prompt)
+        blocks, hints = [], {}
         for i in range(self.tap.block + 1):
             blocks.append(self.block(f"blocks.{i}", e0, context))
+            if i in c.vace_layers:
+                hints[i] = self.block(f"vace_blocks.{c.vace_layers.index(i)}", e0, context)
             yield None
         angles, sigma = rotation_angles(rows, columns, c.head_dim), noise_level(self.tap.timestep, self.tap.shift)[2]
         name = "patch_embedding.weight"
@@ -387,7 +487,7 @@ class DitLoader(Packer):
                         fn=lambda w: w[:, :, 0].transpose(0, 2, 3, 1) * sigma),
             self.vector("patch_embedding.bias"),
             self.put("rope", (rows * columns, c.head_dim), lambda: np.concatenate([np.cos(angles), np.sin(angles)], 1)),
-            blocks, math.log(c.text_len - len(prompt)),
+            blocks, c.text_len - len(prompt), len(prompt), self.vace(hints) if c.kind == "vace" else None,
         )  # fmt: skip
 
 

@@ -169,8 +169,7 @@ class Vega3D(LanguageModel):
         if wan is not None:
             self.generator = GeneratorFeatures.load(
                 wan, device=device, dtype=recipe.dtype, quant=quant and "int8", per_pass=per_pass, strict=strict,
-                max_pixels=c.vision.image_size**2, progress=progress, size=c.tap.size, timestep=c.tap.timestep,
-                shift=c.tap.shift, block=c.tap.block, crop=c.tap.crop, grid=c.tap.grid,
+                max_pixels=c.vision.image_size**2, progress=progress, **vars(c.tap),
             )  # fmt: skip
         if self.generator is not None:
             self._check_generator(self.generator)
