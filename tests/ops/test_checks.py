@@ -16,7 +16,7 @@ from engine.ops.channel_attention import channel_attention
 from engine.ops.codebook import codebook_conv, codebook_search
 from engine.ops.conv import conv_depthwise, conv_patches
 from engine.ops.flow import FlowState, flow_begin, flow_end
-from engine.ops.fuse import Code, Gate, gate_heads, gated_fuse
+from engine.ops.fuse import Code, Gate, fuse_product, gate_heads, gated_fuse, product_bytes
 from engine.ops.gather import Sums, gather, gather_mean, gather_sum
 from engine.ops.gemm import Modulation, PackedMatrix, Taps, Window, gemm, workspace_bytes
 from engine.ops.guide import JointTargets, guide, guide_joints
@@ -76,6 +76,9 @@ CALLS = {
     gated_fuse: {"s": new(6, D), "g": new(6, D), "out": new(8, D), "gate": Gate(*(new(D) for _ in range(6)), 0.0),
                  "code": Code(new(6, 3, dtype="i32"), *(new(4, D // 3) for _ in range(3))), "newline": new(D),
                  "period": 3, "order": new(8, dtype="i32"), "normed": new(8, D), "norm": new(D), "gates": new(6)},
+    fuse_product: {"s": new(6, D), "g": new(6, D), "out": new(6, E), "gate": Gate(*(new(D) for _ in range(6)), 0.0),
+                   "w": matrix(E, D), "code": Code(new(6, 3, dtype="i32"), *(new(4, D // 3) for _ in range(3))),
+                   "norm": new(D), "bias": new(E), "ws": new(product_bytes(6, D), dtype="u8")},
     gate_heads: {"q": new(T, D), "dk": new(D), "u": new(4, D), "base": new(D), "x": new(T, D), "out": new(T, D),
                  "bias": 1.0},
     conv_patches: {"image": new(1, 4, 4, 3), "out": new(4, 12), "size": 2, "stride": 2, "scale": new(3),
@@ -125,7 +128,7 @@ def wrong_calls():
 FREE = {"gather-table-0", "gather-out-0", "rng-out-0", "rng-out-1", "sample-state.history-0", "gather_mean-out-0",
         "norm-modulation.table-0", "flow_begin-times-0", "flow_begin-state.ring-0",
         "flow_end-state.ring-0", "codebook_conv-table-0", "gated_fuse-code.x-0", "gated_fuse-code.y-0",
-        "gated_fuse-code.z-0", "gated_fuse-out-0"}  # fmt: skip
+        "gated_fuse-code.z-0", "gated_fuse-out-0", *(f"fuse_product-code.{axis}-0" for axis in "xyz")}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)

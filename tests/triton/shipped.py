@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.ops.attention import KVCache, Pads, attention
 from engine.ops.attention import workspace_bytes as attention_workspace
 from engine.ops.codebook import codebook_search
 from engine.ops.flow import FlowState, flow_begin, flow_end
+from engine.ops.fuse import Code, Gate, fuse_product, product_bytes
 from engine.ops.gemm import Modulation, PackedMatrix, Window, gemm, workspace_bytes
 from engine.ops.moe import Routing, moe_down, moe_route, moe_up, moe_workspace
 from engine.ops.ssm import SsmShape, ssm
 from engine.runtime import cuda, device
-from engine.runtime.arena import DTYPES, Tensor
+from engine.runtime.arena import DTYPES, Arena, Tensor
 from engine.runtime.program import Cubin, Program, compile_program, key
 
 SM = (80, 86, 89, 90, 100, 120)
@@ -210,6 +213,19 @@ def _convolutions(m: int, use: Callable) -> None:
             residual=out, taps=window)  # fmt: skip
 
 
+def _fusions(m: int, use: Callable) -> None:
+    """Two streams of visual tokens, gated, into the first product of a language model."""
+    d, n = 3584, 4608
+    for f in ("f32", "bf16"):
+        a = Addresses()
+        gate = Gate.fold(Arena("cuda", dry=True), "gate", (np.zeros(d),) * 4, np.zeros(2 * d), 0.0)
+        s, g, out = a.alloc("s", (m, d), f), a.alloc("g", (m, d), f), a.alloc("out", (m, n))
+        code = Code(a.alloc("voxels", (m, 3), "i32"), *(a.alloc(x, (301, d // 3), f) for x in "xyz"))
+        ws = a.alloc("ws", (product_bytes(m, d),), "u8")
+        use("fusion", f, fuse_product, s, g, gate, a.matrix(n, d, f), out, norm=a.alloc("norm", (d,)), code=code,
+            bias=a.alloc("bias", (n,)), ws=ws)  # fmt: skip
+
+
 def shipped_programs(m: int = 512) -> list[Shipped]:
     """Recorded by calling the public ops at the widths of the model, in a step of m rows."""
     out: list[Shipped] = []
@@ -220,7 +236,7 @@ def shipped_programs(m: int = 512) -> list[Shipped]:
             op(*args, **named)
         out.extend(Shipped(name, format, p) for p in driver.programs)
 
-    for ops in (_gemms, _moes, _ssms, _attentions, _policies, _codebooks, _convolutions):
+    for ops in (_gemms, _moes, _ssms, _attentions, _policies, _codebooks, _convolutions, _fusions):
         with cuda.use(Recorder()), device.on("cuda"):  # workspaces differ
             ops(m, use)
     return out
