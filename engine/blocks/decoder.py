@@ -3,7 +3,9 @@ Gemma)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.ops.attention import KVCache, attention
 from engine.ops.gemm import Modulation, PackedMatrix, gemm
@@ -27,6 +29,9 @@ class DecoderLayer:
     norm1: Tensor | None = None
     norm2: Tensor | None = None
     qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 @dataclass
@@ -70,22 +75,36 @@ def decoder_layer(
 
     pos: i32 [batch], tokens that the cache holds already; rope: f32 [ctx, d]; rows: i32 [1], live rows at run time.
     """
-    kv, ws, mod = cache.kv_heads * cache.d, b.ws, modulations
-    q = heads * cache.d
-    if w.o_proj is None or w.gate_up is None or w.down is None:
-        gemm(b.x, w.qkv, b.qkv.columns(q, 2 * kv), prologue="rms", norm=w.norm1, eps=eps, bias=w.qkv_bias, rows=rows,
-             ws=ws, label=f"{label}.kv")  # fmt: skip
-        attention(None, b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), cache, pos, None, heads=heads, causal=causal,
-                  rope=rope, rows=rows, ws=ws, label=f"{label}.append")  # fmt: skip
+    common: dict[str, Any] = {"heads": heads, "causal": causal, "rope": rope, "rows": rows, "ws": b.ws}
+    if w.o_proj is None:
+        kv = cache.kv_heads * cache.d
+        k, v = (b.qkv.columns(heads * cache.d + i * kv, kv) for i in range(2))
+        gemm(b.x, w.qkv, b.qkv.columns(heads * cache.d, 2 * kv), prologue="rms", norm=w.norm1, eps=eps,
+             bias=w.qkv_bias, rows=rows, ws=b.ws, label=f"{label}.kv")  # fmt: skip
+        attention(None, k, v, cache, pos, None, label=f"{label}.append", **common)
         return
+
+    def mix(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        attention(q, k, v, cache, pos, out, label=f"{label}.attention", **common)
+
+    gated_layer(w, b, mix, heads * cache.d, eps=eps, act=act, rows=rows, modulations=modulations, label=label)
+
+
+def gated_layer(
+    w: DecoderLayer, b: DecoderBuffers, mix: Callable[[Tensor, Tensor, Tensor, Tensor], None], q: int, *, eps: float,
+    act: str = "silu", rows: Tensor | None = None, modulations: Modulations | None = None, label: str = "",
+) -> None:  # fmt: skip
+    """One layer around whatever `mix` makes of queries [M, q], keys and values, into its last argument [M, q]."""
+    assert w.o_proj is not None and w.gate_up is not None and w.down is not None
+    ws, mod, kv = b.ws, modulations, (b.qkv.shape[1] - q) // 2
     gemm(b.x, w.qkv, b.qkv, prologue="rms", norm=w.norm1, eps=eps, bias=w.qkv_bias, rows=rows, ws=ws,
          modulation=mod.attention if mod else None, label=f"{label}.qkv")  # fmt: skip
-    attention(b.qkv.columns(0, q), b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), cache, pos, b.mixed, heads=heads,
-              causal=causal, rope=rope, rows=rows, ws=ws, label=f"{label}.attention")  # fmt: skip
-    gemm(b.mixed, w.o_proj, b.x, residual=b.x, modulation=mod.attention_gate if mod else None, rows=rows, ws=ws,
-         label=f"{label}.o_proj")  # fmt: skip
-    gemm(b.x, w.gate_up, b.gate_up, prologue="rms", norm=w.norm2, eps=eps, rows=rows, ws=ws,
+    mix(b.qkv.columns(0, q), b.qkv.columns(q, kv), b.qkv.columns(q + kv, kv), b.mixed)
+    gemm(b.mixed, w.o_proj, b.x, bias=w.o_bias, residual=b.x, modulation=mod.attention_gate if mod else None,
+         rows=rows, ws=ws, label=f"{label}.o_proj")  # fmt: skip
+    gemm(b.x, w.gate_up, b.gate_up, prologue="rms", norm=w.norm2, eps=eps, bias=w.gate_up_bias, rows=rows, ws=ws,
          modulation=mod.mlp if mod else None, label=f"{label}.gate_up")  # fmt: skip
     half = b.gate_up.shape[1] // 2
     gemm(b.gate_up.columns(0, half), w.down, b.x, prologue="glu", gate=b.gate_up.columns(half, half), pro_act=act,
-         residual=b.x, modulation=mod.mlp_gate if mod else None, rows=rows, ws=ws, label=f"{label}.down")  # fmt: skip
+         bias=w.down_bias, residual=b.x, modulation=mod.mlp_gate if mod else None, rows=rows, ws=ws,
+         label=f"{label}.down")  # fmt: skip

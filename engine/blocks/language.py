@@ -428,6 +428,7 @@ class LanguageModel(Model):
 
     def _score_blocks(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         step = self.io.score_logits.shape[0]
+        self._enter(tokens)
         self._cache.clear()  # from scratch, whatever is cached
         for at in range(0, len(tokens), step):
             self._prefill(tokens[: at + step])

@@ -13,6 +13,7 @@ FAMILIES = {
     "motok": ("engine.models.motok.model", "MoTok"),
     "llava_qwen": ("engine.models.vega3d.model", "Vega3D"),
     "llava": ("engine.models.vega3d.model", "Vega3D"),
+    "qwen2_5_vl": ("engine.models.vega3d.model", "Vega3D"),
     "generator": ("engine.models.vega3d.features", "GeneratorFeatures"),
 }
 GENERATORS = ("WanModel", "WanTransformer3DModel", "VaceWanModel", "WanVACETransformer3DModel")  # by _class_name

@@ -116,6 +116,13 @@ class Tensor:
         shape = (*self.shape[:-1], count)
         return Tensor(self.address + start * size, shape, self.dtype, self.owner, self.device, self.ld, self.mapped)
 
+    def rows(self, start: int, count: int) -> Tensor:
+        """Rows [start, start+count) of a [rows, width] buffer, or of a range of its columns."""
+        if start < 0 or start + count > self.shape[0]:
+            raise InputError(f"rows [{start}, {start + count}) leave a buffer of {self.shape[0]}")
+        size = DTYPES[self.dtype][0]
+        return replace(self, address=self.address + start * self.ld * size, shape=(count, *self.shape[1:]))
+
     def slice(self, offset: int, shape: Sequence[int]) -> Tensor:
         """A buffer `offset` elements further, of another shape, inside the same memory."""
         size = DTYPES[self.dtype][0]

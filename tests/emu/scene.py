@@ -38,7 +38,7 @@ def main() -> int:
         scene = m.scene(pictures(2), **geometry(2), features=given)
         scene.ask("where?", max_new_tokens=4)
         found = scene.ground("a cube", np.array([[0.5, 0.2, 1.5, 1.5, 1.5, 2.0], [0, 0, 1, 4, 4, 4]]))
-        parts = (m._read_rows()[: m.visual], scene.gates, m.io.logits.read(), found.scores)
+        parts = (m._read_rows(m.visual), scene.gates, m.io.logits.read(), found.scores)
         return m, np.concatenate([np.ravel(p).astype(np.float32) for p in parts])
 
     run = questions if args.what == "questions" else features

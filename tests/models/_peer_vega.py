@@ -17,6 +17,7 @@ from engine.models.vega3d.schedule import noise_level
 
 SCRIPT = ROOT / "tests/peers/vega_diffusers.py"
 LANGUAGE_SCRIPT = ROOT / "tests/peers/vega_transformers.py"
+QWEN_SCRIPT = ROOT / "tests/peers/vega_qwen.py"
 SEED, CASES = 0, 12
 
 
@@ -56,6 +57,16 @@ def language_cases() -> list[LanguageCase]:
     for path in sorted(made_once("vega-language", LANGUAGE_SCRIPT, "transformers", SEED, CASES).glob("model-*")):
         about = json.loads((path / "config.json").read_text())
         cases.append(LanguageCase(path, about, load_file(path / "peer.safetensors")))
+    return cases
+
+
+@functools.cache
+def qwen_cases() -> list[GeneratorCase]:
+    """Random Qwen2.5-VL models, in order."""
+    cases = []
+    for path in sorted(made_once("vega-qwen", QWEN_SCRIPT, "transformers", SEED, CASES).glob("qwen-*")):
+        about = json.loads((path / "config.json").read_text())
+        cases.append(GeneratorCase(path, about, load_file(path / "peer.safetensors")))
     return cases
 
 

@@ -14,7 +14,7 @@ from engine.models.vega3d.config import VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
-from engine.models.vega3d.model import Vega3D
+from engine.models.vega3d.model import Options, Vega3D
 from engine.models.vega3d.weights import shapes
 
 
@@ -87,8 +87,8 @@ def random_model(source: Tensors | None = None, generator: object = "random", **
     if generator == "random":
         grid = (config.side,) * 2
         generator = random_generator(grid=grid, dtype="fp32", max_pixels=config.vision.image_size**2)
-    given = {"coord_dtype": "fp32", "feature_cache": 1 << 24, "prefix_cache": 1 << 24, "progress": False} | options
-    return Vega3D(config, source, generator=generator, tokenizer=tokenizer(), **given)  # type: ignore[arg-type]
+    given = Options.of(config, **{"coord_dtype": "fp32", "feature_cache": 1 << 24, "prefix_cache": 1 << 24} | options)
+    return Vega3D(config, source, given, generator=generator, tokenizer=tokenizer(), progress=False)
 
 
 def geometry(frames: int = 4, seed: int = 0) -> dict[str, np.ndarray]:

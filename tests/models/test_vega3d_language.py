@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from safetensors.numpy import load_file
 
 from engine.models.vega3d import reference
 from engine.models.vega3d.config import VegaConfig
-from engine.models.vega3d.model import Vega3D
+from engine.models.vega3d.model import Options, Vega3D
 from engine.models.vega3d.weights import shapes, store
 
 LIMIT = 1e-5  # of the largest value
@@ -40,8 +38,8 @@ def weights_of(case: LanguageCase, config: VegaConfig) -> Tensors:
 def model_of(case: LanguageCase, dtype: str = "fp32", quant: str | None = None) -> Vega3D:
     config = config_of(case)
     frames = 40 // config.lines + 1  # rows for the embeddings of the case
-    return Vega3D(replace(config, frames=frames), weights_of(case, config), dtype=dtype, quant=quant, context=256,
-                  chunk=16, progress=False)  # fmt: skip
+    options = Options.of(config, dtype=dtype, quant=quant, context=256, chunk=16, frames=frames)
+    return Vega3D(config, weights_of(case, config), options, progress=False)
 
 
 def run_language(m: Vega3D, embeds: np.ndarray) -> np.ndarray:
@@ -71,9 +69,9 @@ def test_reference(case):
 def test_engine(case):
     with model_of(case) as m:
         for image, want in zip(case.io["images"], case.io["tokens"]):
-            m._tower.images.write(image.transpose(1, 2, 0)[None])
+            m._eyes.tower.images.write(image.transpose(1, 2, 0)[None])
             m.plans["look"].replay()
-            assert error(m._tower.x.read(), want) < LIMIT
+            assert error(m._eyes.tower.x.read(), want) < LIMIT
         assert error(run_language(m, case.io["embeds"]), case.io["logits"]) < LIMIT
 
 

@@ -48,8 +48,8 @@ def seen_by(m: Vega3D, scene, features: np.ndarray):
     images = torch.from_numpy(scene.pictures.transpose(0, 3, 1, 2).astype(np.float64) / 127.5 - 1)
     voxels = None
     if scene.coded:
-        cells = average_coordinates(scene.coords, (c.side, c.side), c.cell_pixels, m.coord_dtype)
-        voxels = torch.from_numpy(c.voxels.of(cells, m.coord_dtype).reshape(len(images), -1, 3))
+        cells = average_coordinates(scene.coords, (c.side, c.side), c.cell_pixels, m.options.coord_dtype)
+        voxels = torch.from_numpy(c.voxels.of(cells, m.options.coord_dtype).reshape(len(images), -1, 3))
     return reference.visual_tokens(fp64(m), c, images, torch.from_numpy(features).double(), voxels)
 
 

@@ -1,10 +1,13 @@
-"""VEGA-3D (Wu et al. 2026, arXiv 2603.19235), variant A: a scene's frames once, then questions about it.
+"""VEGA-3D (arXiv 2603.19235): a scene's frames once, then questions about it.
 
-look       frames of a pass: SigLIP and the semantic projector, pooled between its products
+Variant A understands scenes in metres (SigLIP, Qwen2, world coordinates, boxes); variant B answers spatial questions
+from pictures alone (Qwen2.5-VL).
+
+look       frames of a pass through the semantic tower
 fuse       a pass: generator features through their projector, the gate, newlines; into rows of the embedding table
 fuse_code  the same with codes of world coordinates
-prefill, decode, head, draw, score   the language model (Qwen2), see LanguageModel
-query, mean, objects, match          grounding: hidden state of `<ground>`, means of patches, both heads
+prefill, decode, head, draw, score   the language model, see LanguageModel
+query, mean, objects, match          grounding, see Grounder
 
 Visual tokens are ids behind the vocabulary: their embeddings lie in the rows behind the table's own, so a prompt is a
 list of ids like any other, and what two questions share is found by comparing ids.
@@ -14,7 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,33 +29,24 @@ from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, decoder_layer
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.blocks.lru import Lru
 from engine.blocks.prefix import KVStore
-from engine.blocks.scene import (
-    Frames,
-    average_coordinates,
-    patches_in_boxes,
-    position_code,
-    read_frames,
-    resize,
-    world_coordinates,
-)
-from engine.blocks.siglip import SiglipTower
-from engine.blocks.siglip import workspace_bytes as siglip_bytes
+from engine.blocks.scene import Frames, average_coordinates, position_code, read_frames, world_coordinates
 from engine.blocks.weights import Recipe, Shapes
 from engine.errors import CheckpointError, ConfigError, InputError
 from engine.io.checkpoint import Checkpoint, Source, bf16_to_f32
 from engine.io.text import Tokenizer
-from engine.models.vega3d.config import OBJECTS, VegaConfig
+from engine.models.vega3d.config import LanguageConfig, SceneConfig, SpatialConfig, VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
-from engine.models.vega3d.generator import bilinear
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
+from engine.models.vega3d.grounding import Grounder
 from engine.models.vega3d.scene import Scene, ScenePrompt, Seen
-from engine.models.vega3d.weights import Mlp, load_weights, shapes, store
+from engine.models.vega3d.towers import GenerativeProjector, QwenEyes, SiglipEyes
+from engine.models.vega3d.weights import load_weights, own_generator, shapes, store
 from engine.ops import attention as attention_op
 from engine.ops import gemm as gemm_op
 from engine.ops.attention import KVCache, rope_table
 from engine.ops.dispatch import strict as strict_dispatch
 from engine.ops.fuse import MAX_D, Code, gated_fuse
-from engine.ops.gather import Sums, gather, gather_sum
+from engine.ops.gather import gather
 from engine.ops.gemm import gemm
 from engine.ops.norm import norm
 from engine.ops.sample import sample
@@ -64,9 +59,9 @@ from engine.runtime.plan import capture
 ANSWER_ROOM = 1024  # tokens of question and answer behind a scene, by default
 DEFAULT_CHUNK = 512
 SCORE_BYTES = 64 << 20  # logits kept for score(), at most
-HEAD_EPS = 1e-5  # of the layer norms in the grounding heads
 WAN_ENV = "WAN_T2V_CKPT_DIR"
-CACHE_BYTES = {"feature_cache": 1 << 30, "prefix_cache": 2 << 30}
+FEATURE_CACHE, PREFIX_CACHE = 1 << 30, 2 << 30  # bytes
+GENERATOR_CELL = 16  # pixels of a cell of the published generators' features
 
 
 class VegaRecipe(Recipe):
@@ -80,128 +75,166 @@ class VegaRecipe(Recipe):
         return super().choose(role)
 
 
-class Vega3D(LanguageModel):
-    """A loaded model: `scene`, `features`, `fuse`, and the verbs of a language model. See engine.load."""
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a load; see Vega3D.load."""
 
-    config: VegaConfig
+    device: str
+    dtype: str
+    quant: str | None
+    frames: int
+    context: int
+    chunk: int
+    per_pass: int
+    coord_dtype: str
+    feature_cache: int
+    prefix_cache: int
 
-    @classmethod
-    def load(
-        cls, folder: Path, *, source: Source | None = None, generator: GeneratorFeatures | None = None,
-        wan: str | os.PathLike[str] | None = None, device: str = "cpu", dtype: object = "auto",
-        quant: str | None = None, frames: int | None = None, context: int | None = None, chunk: int = DEFAULT_CHUNK,
-        per_pass: int | None = None, coord_dtype: str = "bf16", feature_cache: int = CACHE_BYTES["feature_cache"],
-        prefix_cache: int = CACHE_BYTES["prefix_cache"], strict: bool = False, progress: bool = True,
-    ) -> Vega3D:  # fmt: skip
-        """wan: the generator's folder; default `wan/` inside, then the folder that WAN_T2V_CKPT_DIR names. Without one,
-        scenes need features=. frames: of a scene (as trained). context: tokens of KV cache, default a scene and 1024.
-        chunk: prompt tokens of a prefill step. per_pass: frames that share a pass; rounded down to a divisor of frames.
-        coord_dtype: 'bf16' counts voxels as the published evaluation does, 'fp32' exactly. feature_cache, prefix_cache:
-        bytes of host memory for generator features and for the keys and values of scenes. source, generator: instead
-        of the folder's weights.
-        """
-        opened = source or Checkpoint(folder)
-        try:
-            config = VegaConfig.from_folder(folder, opened.keys())
-            tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-            where = None if generator is not None else _wan(folder, wan)
-            return cls(
-                config, opened, name=folder.name, generator=generator, wan=where, device=device, dtype=dtype,
-                quant=quant, frames=frames, context=context, chunk=chunk, per_pass=per_pass, coord_dtype=coord_dtype,
-                feature_cache=feature_cache, prefix_cache=prefix_cache, strict=strict, tokenizer=tokenizer,
-                progress=progress,
-            )  # fmt: skip
-        finally:
-            opened.close()
-
-    def __init__(
-        self, config: VegaConfig, source: Source | None, *, name: str = "vega3d",
-        generator: GeneratorFeatures | None = None, wan: Path | None = None, device: str = "cpu",
-        dtype: object = "auto", quant: str | None = None, frames: int | None = None, context: int | None = None,
-        chunk: int = DEFAULT_CHUNK, per_pass: int | None = None, coord_dtype: str = "bf16", feature_cache: int = 0,
-        prefix_cache: int = 0, strict: bool = False, tokenizer: Tokenizer | None = None, progress: bool = True,
-    ) -> None:  # fmt: skip
-        """Packs the weights and captures every plan; see `load`. source None makes a sketch."""
-        c = self.config = config
+    @staticmethod
+    def of(
+        c: VegaConfig, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+        frames: int | None = None, context: int | None = None, chunk: int = DEFAULT_CHUNK, per_pass: int | None = None,
+        coord_dtype: str = "bf16", feature_cache: int = FEATURE_CACHE, prefix_cache: int = PREFIX_CACHE,
+    ) -> Options:  # fmt: skip
         parsed = parse_dtype(c.dtype if dtype in ("auto", None) else dtype)
-        recipe = VegaRecipe("f32" if parsed == "f16" and dtype in ("auto", None) else parsed, quant)
-        self.frames = bounded("frames", c.frames if frames is None else frames, 1, 1024)
+        if parsed == "f16" and dtype in ("auto", None):
+            parsed = "f32"  # the CPU kernels have no fp16; fp32 loses nothing
+        frames = bounded("frames", c.frames if frames is None else frames, 1, 1024)
         wanted = bounded("per_pass", (1 if device == "cpu" else 4) if per_pass is None else per_pass, 1, 1024)
-        self.per_pass = max(n for n in range(1, min(wanted, self.frames) + 1) if self.frames % n == 0)
-        self.visual = self.frames * c.lines
-        least = self.visual + 64
-        room = min(c.language.positions, self.visual + ANSWER_ROOM)
-        context = bounded("context", room if context is None else context, least, c.language.positions)
-        context = -(-context // 16) * 16
+        per_pass = max(n for n in range(1, min(wanted, frames) + 1) if frames % n == 0)
+        limit, visual = c.language.positions, frames * c.lines
+        context = min(limit, visual + ANSWER_ROOM + 4 * frames) if context is None else context
+        context = -(-bounded("context", context, visual + 64, limit) // 16) * 16
         chunk = min(bounded("chunk", chunk, 1, 16384), context)
         if coord_dtype not in ("bf16", "fp32"):
             raise InputError(f"coord_dtype={coord_dtype!r} is not one of 'bf16', 'fp32'")
         for key, value in (("feature_cache", feature_cache), ("prefix_cache", prefix_cache)):
             bounded(key, value, 0, 1 << 50)
+        return Options(device, parsed, quant, frames, context, chunk, per_pass, coord_dtype, feature_cache,
+                       prefix_cache)  # fmt: skip
+
+    @property
+    def kv_format(self) -> str:
+        return "f32" if self.dtype == "f32" and self.quant is None else "bf16"
+
+
+class Vega3D(LanguageModel):
+    """A loaded model: `scene`, `features`, `fuse`, and the verbs of a language model. See engine.load."""
+
+    config: SceneConfig | SpatialConfig
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, source: Source | None = None, generator: GeneratorFeatures | None = None,
+        wan: str | os.PathLike[str] | None = None, frame_size: tuple[int, int] | None = None, device: str = "cpu",
+        dtype: object = "auto", quant: str | None = None, frames: int | None = None, context: int | None = None,
+        chunk: int = DEFAULT_CHUNK, per_pass: int | None = None, coord_dtype: str = "bf16",
+        feature_cache: int = FEATURE_CACHE, prefix_cache: int = PREFIX_CACHE, strict: bool = False,
+        progress: bool = True,
+    ) -> Vega3D:  # fmt: skip
+        """wan: the generator's folder; default `wan/` inside, then the folder that WAN_T2V_CKPT_DIR names. Without one,
+        scenes need features=. frame_size: (width, height) of the frames, variant B only, default 640 x 480. frames: of
+        a scene (as trained). context: tokens of KV cache, default a scene and 1024. chunk: prompt tokens of a prefill
+        step. per_pass: frames that share a pass; rounded down to a divisor of frames. coord_dtype: 'bf16' counts voxels
+        as the published evaluation does, 'fp32' exactly. feature_cache, prefix_cache: bytes of host memory for what is
+        seen of scenes and for their keys and values. source, generator: instead of the folder's weights.
+        """
+        opened = source or Checkpoint(folder)
+        try:
+            config = VegaConfig.from_folder(folder, opened.keys(), frame_size)
+            tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+            where = None if generator is not None else _wan(folder, wan)
+            o = Options.of(config, device=device, dtype=dtype, quant=quant, frames=frames, context=context, chunk=chunk,
+                           per_pass=per_pass, coord_dtype=coord_dtype, feature_cache=feature_cache,
+                           prefix_cache=prefix_cache)  # fmt: skip
+            return cls(config, opened, o, name=folder.name, generator=generator, wan=where, strict=strict,
+                       tokenizer=tokenizer, progress=progress)  # fmt: skip
+        finally:
+            opened.close()
+
+    def __init__(
+        self, config: VegaConfig, source: Source | None, options: Options, *, name: str = "vega3d",
+        generator: GeneratorFeatures | None = None, wan: Path | None = None, strict: bool = False,
+        tokenizer: Tokenizer | None = None, progress: bool = True,
+    ) -> None:  # fmt: skip
+        """Packs the weights and captures every plan; see `load`. source None makes a sketch."""
+        assert isinstance(config, SceneConfig | SpatialConfig)
+        c, o = config, options
+        self.config, self.options, self.visual = c, o, o.frames * c.lines
         if tokenizer is not None and tokenizer.vocab_size > c.language.vocab:
             raise ConfigError(
                 f"tokenizer.json has {tokenizer.vocab_size} tokens and the embedding {c.language.vocab} rows; the "
                 "files do not belong together"
             )
         _check_widths(c)
-        self._kv = "f32" if recipe.dtype == "f32" and quant is None else "bf16"
-        self.coord_dtype = coord_dtype
-        made = partial(self._allocate, recipe=recipe, context=context, chunk=chunk, device=device)
-        if source is not None:
-            dry = Arena(device, dry=True)
-            made(dry, Shapes(shapes(c)), progress=False)
-            parts = dry.summary()
-            if wan is not None:
-                files = Files.of(wan)
-                files.close()
-                _add(parts, _generator_sketch(c, files.dit_config, files.vae_config, device, dtype, quant))
-            require(parts, device, "load with quant='int8' or 'int4', or lower context= or frames=")
-        arena = Arena(device, dry=source is None)
-        with strict_dispatch(strict):
-            io = made(arena, source or Shapes(shapes(c)), progress=progress)
-        super().__init__(
-            name, arena, io, [], vocab_size=c.language.vocab, context=context, stop_ids=c.language.eos,
-            tokenizer=tokenizer, template=None, snapshots=0,
-        )  # fmt: skip
-        self.weight_notes = recipe.notes
-        arena.seal()
-        self.generator = generator
+        recipe, files = VegaRecipe(o.dtype, o.quant), None
         if wan is not None:
-            self.generator = GeneratorFeatures.load(
-                wan, device=device, dtype=recipe.dtype, quant=quant and "int8", per_pass=per_pass, strict=strict,
-                max_pixels=c.vision.image_size**2, progress=progress, **vars(c.tap),
+            files = Files.of(wan)
+            own = own_generator(source) if source is not None else None
+            files = files if own is None else replace(files, dit=own)
+        try:
+            grid = _features_grid(c, generator, files)
+            if source is not None:
+                dry = Arena(o.device, dry=True)
+                self._allocate(dry, Shapes(shapes(c)), recipe, grid, progress=False)
+                parts = dry.summary()
+                if files is not None:
+                    _add(parts, _generator_bytes(c, files.dit_config, files.vae_config, o))
+                require(parts, o.device, "load with quant='int8' or 'int4', or lower context= or frames=")
+            arena = Arena(o.device, dry=source is None)
+            with strict_dispatch(strict):
+                io = self._allocate(arena, source or Shapes(shapes(c)), recipe, grid, progress)
+            super().__init__(
+                name, arena, io, [], vocab_size=c.language.vocab, context=o.context, stop_ids=c.language.eos,
+                tokenizer=tokenizer, template=None, snapshots=0,
             )  # fmt: skip
-        if self.generator is not None:
-            self._check_generator(self.generator)
-        else:
+            self.weight_notes = recipe.notes
+            arena.seal()
+            self.generator = generator
+            if files is not None and wan is not None:
+                height, width = self._generator_frame
+                self.generator = GeneratorFeatures.load(
+                    wan, source=files, device=o.device, dtype=o.dtype, quant=o.quant and "int8", per_pass=o.per_pass,
+                    strict=strict, max_pixels=height * width, progress=progress, **vars(c.tap),
+                )  # fmt: skip
+        finally:
+            if files is not None:
+                files.close()
+        if self.generator is None:
             self.notes.append("no generator: scenes need features= (give wan=, the folder of Wan 2.1)")
-        self._features, self._seen = Lru[np.ndarray](feature_cache), Lru[Seen](feature_cache)
+        self._features, self._seen = Lru[np.ndarray](o.feature_cache), Lru[Seen](o.feature_cache)
         self._live, self._place = "", b""
-        self._store = KVStore(self._caches, prefix_cache)
-        with strict_dispatch(strict), on(device):
+        self._roped: bool | None = None  # whether the rotary table is that of a scene; None: not written
+        self._store = KVStore(self._caches, o.prefix_cache)
+        with strict_dispatch(strict), on(o.device):
             self._capture()
+        if not arena.dry:
+            self._turn(False)
 
     @classmethod
-    def sketch(cls, config: dict, **options: Any) -> Vega3D:
+    def sketch(cls, config: dict, *, frame_size: tuple[int, int] | None = None, **options: Any) -> Vega3D:
         """The model of a config.json without memory: every buffer is laid out and every plan recorded, none can run."""
-        return cls(VegaConfig.from_json(config), None, progress=False, **options)
+        c = VegaConfig.from_json(config, frame_size=frame_size)
+        return cls(c, None, Options.of(c, **options), progress=False)
 
     @classmethod
-    def plan(
-        cls, config: dict, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None, **options: Any
-    ) -> dict[str, int]:
-        """Bytes by part of a load, the published generator of 1.3B included, from config.json alone."""
-        c = VegaConfig.from_json(config)
-        parts = dict(cls.sketch(config, device=device, dtype=dtype, quant=quant, **options).memory().parts)
-        dim = {5120: DitConfig(dim=5120, ffn=13824, heads=40, layers=40)}.get(c.generative, DitConfig())
-        return _add(parts, _generator_sketch(c, dim, VaeConfig(), device, dtype, quant))
+    def plan(cls, config: dict, **options: Any) -> dict[str, int]:
+        """Bytes by part of a load, the published generator included, from config.json alone."""
+        m = cls.sketch(config, **options)
+        large = DitConfig(dim=5120, ffn=13824, heads=40, layers=40)
+        dit = large if m.config.generative == large.dim else DitConfig()
+        return _add(dict(m.memory().parts), _generator_bytes(m.config, dit, VaeConfig(), m.options))
 
-    def _check_generator(self, g: GeneratorFeatures) -> None:
-        if g.dit.dim != self.config.generative or g.tap.grid != (self.config.side,) * 2:
-            raise ConfigError(
-                f"the generator gives {g.dit.dim} channels on a grid of {g.tap.grid}; this model takes "
-                f"{self.config.generative} on {(self.config.side,) * 2}"
-            )
+    @property
+    def _generator_frame(self) -> tuple[int, int]:
+        """(height, width) of the frames that the generator gets."""
+        c = self.config
+        return c.fitted if isinstance(c, SpatialConfig) else (c.vision.image_size,) * 2
+
+    @property
+    def frames(self) -> int:
+        """Of a scene."""
+        return self.options.frames
 
     def close(self) -> None:
         """Also closes the generator. See Model.close."""
@@ -211,12 +244,11 @@ class Vega3D(LanguageModel):
             generator.close()
 
     # ------------------------------------------------------------------------------------------ memory
-    def _allocate(
-        self, arena: Arena, source: Source, *, recipe: Recipe, context: int, chunk: int, device: str, progress: bool
-    ) -> TokenIO:
-        c, n, l = self.config, self.per_pass, self.config.language  # noqa: E741
+    def _allocate(self, arena: Arena, source: Source, recipe: Recipe, grid: tuple[int, int], progress: bool) -> TokenIO:
+        """grid: of the generator's features."""
+        c, o, l = self.config, self.options, self.config.language  # noqa: E741
+        n, d, kv = o.per_pass, l.width, o.kv_format
         self.weights = w = load_weights(c, source, arena, recipe, n, self.visual + 1, progress)
-        d, v, cells, lines = l.width, c.vision, n * c.cells, n * c.lines
 
         def ws(name: str, *shape: int, dtype: str = "f32") -> Tensor:
             return arena.alloc(name, shape, dtype)
@@ -224,50 +256,37 @@ class Vega3D(LanguageModel):
         def io(name: str, *shape: int, dtype: str = "f32") -> Tensor:
             return arena.alloc(name, shape, dtype, "io")
 
-        score = max(1, min(chunk, SCORE_BYTES // (4 * l.vocab)))
-        with on(device):  # workspaces differ
-            sizes = [gemm_op.workspace_bytes(m, k) for m, k in (
-                (chunk, max(d, l.mlp, l.heads * l.head_dim)), (n * v.tokens, max(d, v.width)),
-                (cells, max(d, c.generative)), (OBJECTS, d))]  # fmt: skip
-            sizes.append(attention_op.workspace_bytes(chunk, l.heads, l.head_dim, context))
-            sizes.append(siglip_bytes(v, n))
+        with on(o.device):  # workspaces differ
+            sizes = [gemm_op.workspace_bytes(o.chunk, max(d, l.mlp, l.heads * l.head_dim)),
+                     attention_op.workspace_bytes(o.chunk, l.heads, l.head_dim, o.context),
+                     GenerativeProjector.workspace(c, n)]  # fmt: skip
+            if isinstance(c, SceneConfig):
+                sizes += [SiglipEyes.workspace(c, n), Grounder.workspace(c)]
+            else:
+                sizes.append(QwenEyes.workspace(c, n))
         self._ws = ws("ws", max(sizes), dtype="u8")
         # Frames to embeddings.
-        self._tower = SiglipTower(arena, v, w.vision, n, self._kv, self._ws)
-        self._pool = Sums.of(arena, "pool", bilinear_grid(v.side, c.side), v.tokens)
-        self._hidden, self._pooled = ws("semantic.hidden", n * v.tokens, d), ws("semantic.pooled", cells, d)
-        self._semantic, self._generative = io("semantic", cells, d), ws("generative", cells, d)
-        self._given, self._given_hidden = io("features", cells, c.generative), ws("generative.hidden", cells, d)
-        self._order, self._voxels = io("order", lines, dtype="i32"), io("voxels", cells, 3, dtype="i32")
-        self._gates = io("gates", cells)
+        self.ground: Grounder | None = None
+        self._eyes: SiglipEyes | QwenEyes
+        if isinstance(c, SceneConfig):
+            eyes = self._eyes = SiglipEyes(arena, c, w.vision, w.projector, n, kv, self._ws)  # type: ignore[arg-type]
+            self._voxels = io("voxels", n * c.cells, 3, dtype="i32")
+            if w.ground is not None:
+                self.ground = Grounder(arena, c, w.ground, eyes, n, self._ws)
+        else:
+            self._eyes = QwenEyes(arena, c, w.vision, n, kv, self._ws)  # type: ignore[arg-type]
+        self._generative = GenerativeProjector(arena, c, w.generative, grid, n, self._ws)
+        self._order, self._gates = io("order", n * c.lines, dtype="i32"), io("gates", n * c.cells)
         # A row more than a scene has: of `<coord>`.
         self._rows = w.language.embed.slice(l.vocab * d, (self.visual + 1, d))
         # The language model.
         widths = DecoderBuffers.widths(d, l.heads, l.kv_heads, l.head_dim, l.mlp)
-        self._b = DecoderBuffers(**{k: ws(f"language.{k}", chunk, width) for k, width in widths.items()}, ws=self._ws)
+        self._b = DecoderBuffers(**{k: ws(f"language.{k}", o.chunk, m) for k, m in widths.items()}, ws=self._ws)
         self._last = ws("last_row", 1, d)
-        self._caches = [KVCache.empty(arena, f"kv.{i}", l.kv_heads, l.head_dim, context, self._kv)
-                        for i in range(l.layers)]  # fmt: skip
-        self._rope = arena.alloc("rope", (context, l.head_dim), "f32", "weights")
-        if not arena.dry:
-            self._rope.write(rope_table(np.arange(context), l.head_dim, l.theta))
-        if c.grounding:
-            self._ground_io(arena)
-        return TokenIO.empty(arena, l.vocab, chunk, score, context)
-
-    def _ground_io(self, arena: Arena) -> None:
-        c, d, n = self.config, self.config.language.width, self.per_pass
-
-        def io(name: str, *shape: int, dtype: str = "f32") -> Tensor:
-            return arena.alloc(f"ground.{name}", shape, dtype, "io")
-
-        most = OBJECTS * n * c.vision.tokens
-        self._members = Sums(io("offsets", OBJECTS + 1, dtype="i32"), io("rows", most, dtype="i32"),
-                             io("weights", most), n * c.vision.tokens)  # fmt: skip
-        self._part, self._sum = arena.alloc("ground.part", (OBJECTS, d)), io("sum", OBJECTS, d)
-        self._objects, self._object_hidden = io("objects", OBJECTS, d), arena.alloc("ground.hidden", (OBJECTS, d))
-        self._object_out, self._query_out = io("object_out", OBJECTS, d), io("query_out", 1, d)
-        self._query, self._query_hidden = io("query", 1, d), arena.alloc("ground.query_hidden", (1, d))
+        self._caches = [KVCache.empty(arena, f"kv.{i}", l.kv_heads, l.head_dim, o.context, kv) for i in range(l.layers)]
+        self._rope = io("rope", o.context, l.head_dim)
+        score = max(1, min(o.chunk, SCORE_BYTES // (4 * l.vocab)))
+        return TokenIO.empty(arena, l.vocab, o.chunk, score, o.context)
 
     # ------------------------------------------------------------------------------------------ the plans
     def _capture(self) -> None:
@@ -289,33 +308,26 @@ class Vega3D(LanguageModel):
             self._head(self._last, io.logits)
 
         steps: dict[str, Callable[[], None]] = {
-            "look": self._look, "fuse": partial(self._fuse, False), "decode": decode, "prefill": prefill, "head": head,
-            "draw": lambda: sample(io.logits, io.sampler),
+            "look": self._eyes.look, "fuse": partial(self._fuse, False), "decode": decode, "prefill": prefill,
+            "head": head, "draw": lambda: sample(io.logits, io.sampler),
             "score": lambda: self._head(self._b.first(score).x, io.score_logits, io.rows),
         }  # fmt: skip
-        if self.config.coded:
+        if isinstance(self.config, SceneConfig) and self.config.coded:
             steps["fuse_code"] = partial(self._fuse, True)
-        if self.config.grounding:
-            steps |= {"query": self._ask_query, "mean": self._mean, "objects": self._project, "match": self._match}
+        if self.ground is not None:
+            steps |= {"query": partial(self._query, self.ground), **self.ground.steps()}
         for name, step in steps.items():
             self.plans[name] = capture(step, name)
 
-    def _look(self) -> None:
-        """Frames of a pass to semantic tokens. The projector's second product is linear, so pooling comes first."""
-        w = self.weights.projector
-        x = self._tower.look(self.per_pass)
-        gemm(x, w.fc1, self._hidden, bias=w.fc1_bias, act="gelu", ws=self._ws, label="projector.0")
-        gather_sum(self._hidden, self._pool, self._pooled, label="pool")
-        gemm(self._pooled, w.fc2, self._semantic, bias=w.fc2_bias, ws=self._ws, label="projector.2")
-
     def _fuse(self, coded: bool) -> None:
         """Generator features and semantic tokens of a pass into rows of the embedding table."""
-        w, g = self.weights, self.weights.generative
-        gemm(self._given, g.fc1, self._given_hidden, bias=g.fc1_bias, act="gelu", ws=self._ws, label="generative.0")
-        gemm(self._given_hidden, g.fc2, self._generative, bias=g.fc2_bias, ws=self._ws, label="generative.2")
-        gated_fuse(self._semantic, self._generative, w.gate, self._rows, blend=self.config.blend, rho=w.rho,
-                   code=Code(self._voxels, *w.codes) if coded else None, newline=w.newline, period=self.config.side,
-                   order=self._order, gates=self._gates, label="fusion")  # fmt: skip
+        c, w = self.config, self.weights
+        self._generative.project()
+        lines = isinstance(c, SceneConfig)
+        gated_fuse(self._eyes.out, self._generative.out, w.fusion.gate, self._rows, blend=c.blend, rho=w.fusion.rho,
+                   code=Code(self._voxels, *w.codes) if coded and w.codes else None, newline=w.newline,
+                   period=c.grid[1] if lines else 0, order=self._order, gates=self._gates,
+                   label="fusion")  # fmt: skip
 
     def _layers(self, b: DecoderBuffers, rows: Tensor | None) -> None:
         c = self.config.language
@@ -327,32 +339,12 @@ class Vega3D(LanguageModel):
         w = self.weights.language
         gemm(x, w.lm_head, logits, norm=w.norm, eps=self.config.language.eps, rows=rows, ws=self._ws, label="lm_head")
 
-    def _ground_head(self, w: Mlp | None, x: Tensor, hidden: Tensor, out: Tensor, label: str) -> None:
-        assert w is not None
-        gemm(x, w.fc1, hidden, bias=w.fc1_bias, act="relu", ws=self._ws, label=f"{label}.0")
-        gemm(hidden, w.fc2, out, prologue="layer", norm=w.norm, norm_bias=w.norm_bias, eps=HEAD_EPS, bias=w.fc2_bias,
-             ws=self._ws, label=f"{label}.3")  # fmt: skip
-
-    def _ask_query(self) -> None:
+    def _query(self, ground: Grounder) -> None:
         """The last position's hidden state through the query's head."""
         gather(self._b.x, self.io.last, self._last, label="last row")
-        norm(self._last, self._query, kind="rms", weight=self.weights.language.norm, eps=self.config.language.eps,
+        norm(self._last, ground.hidden, kind="rms", weight=self.weights.language.norm, eps=self.config.language.eps,
              label="norm")  # fmt: skip
-        self._ground_head(self.weights.query, self._query, self._query_hidden, self._query_out, "query")
-
-    def _mean(self) -> None:
-        """Adds to each object's sum what a pass of frames shows of it, between the projector's products."""
-        w = self.weights.projector
-        gemm(self._tower.x, w.fc1, self._hidden, bias=w.fc1_bias, act="gelu", ws=self._ws, label="projector.0")
-        gather_sum(self._hidden, self._members, self._part, label="members")
-        norm(self._part, self._sum, kind="none", add=self._sum, label="sum")
-
-    def _project(self) -> None:
-        w = self.weights.projector
-        gemm(self._sum, w.fc2, self._objects, bias=w.fc2_bias, ws=self._ws, label="projector.2")
-
-    def _match(self) -> None:
-        self._ground_head(self.weights.objects, self._objects, self._object_hidden, self._object_out, "objects")
+        ground.query()
 
     @property
     def node_budget(self) -> int:
@@ -366,11 +358,7 @@ class Vega3D(LanguageModel):
         noise: f32 [T, z, h, w], else drawn from seed (default: the checkpoint's). Raises: InputError before any work.
         """
         pixels = frames.pixels if isinstance(frames, Frames) else read_frames(frames).pixels
-        return self._generate(self._picture(pixels), noise, seed)
-
-    def _picture(self, pixels: np.ndarray) -> np.ndarray:
-        size = self.config.vision.image_size
-        return resize(pixels, (size, size))
+        return self._generate(self._eyes.prepare(pixels)[1], noise, seed)
 
     def _generate(self, pictures: np.ndarray, noise: np.ndarray | None, seed: int | None) -> np.ndarray:
         if self.generator is None:
@@ -387,80 +375,87 @@ class Vega3D(LanguageModel):
         return known
 
     def fuse(self, sem: np.ndarray, gen: np.ndarray, *, return_gates: bool = False) -> Any:
-        """The gated fusion alone: f32 [M, D] of semantic tokens sem [M, D] and generator features gen [M, C].
+        """The gated fusion alone: f32 [M, D] of semantic tokens sem [M, D] and generator features gen, which pass this
+        model's projector first.
 
-        C as `features` gives them; they pass this model's projector. return_gates: also f32 [M], the gate of each token
-        (1: semantic). Raises: InputError before any work.
+        gen: [M, C]; of variant B [T, cells of the generator, C] for the M / T tokens of each of T frames. return_gates:
+        also f32 [M], the gate of each token (1: semantic). Raises: InputError before any work.
         """
-        c, d = self.config, self.config.language.width
-        s, g = (np.asarray(a) for a in (sem, gen))
-        for name, value, width in (("sem", s, d), ("gen", g, c.generative)):
-            if value.dtype.kind != "f" or value.ndim != 2 or value.shape[1] != width or len(value) != len(s):
-                raise InputError(f"{name} is {value.dtype} {list(value.shape)}; floats [M, {width}] are needed")
+        c, d, n = self.config, self.config.language.width, self.options.per_pass
+        s, g = np.asarray(sem), np.asarray(gen)
+        spatial = isinstance(c, SpatialConfig)
+        rows, cells, step = (c.cells, self._generative.cells, n) if spatial else (1, 1, n * c.cells)
+        want = (len(s) // rows, cells, c.generative) if spatial else (len(s), c.generative)
+        for name, value, shape in (("sem", s, (len(s), d)), ("gen", g, want)):
+            if value.dtype.kind != "f" or value.shape != shape or len(s) % rows or not len(s):
+                raise InputError(f"{name} is {value.dtype} {list(value.shape)}; floats {list(shape)} are needed")
             if not np.isfinite(value).all():
                 raise InputError(f"{name} holds NaN or infinity")
-        cells, out, gates = self._given.shape[0], np.empty(s.shape, np.float32), np.empty(len(s), np.float32)
+        g = g.reshape(-1, c.generative)
+        out, gates = np.empty(s.shape, np.float32), np.empty(len(s), np.float32)
         with self._use():
             self._forget()
-            for at in range(0, len(s), cells):
-                n = min(cells, len(s) - at)
-                for tensor, value in ((self._semantic, s), (self._given, g)):
+            for at in range(0, len(s) // rows, step):
+                for tensor, value, each in ((self._eyes.out, s, rows), (self._generative.given, g, cells)):
+                    part = value[at * each : (at + step) * each]
                     padded = np.zeros(tensor.shape, np.float32)
-                    padded[:n] = value[at : at + n]
+                    padded[: len(part)] = part
                     tensor.write(padded)
                 self._order.write(np.arange(self._order.shape[0], dtype=np.int32))
                 self.plans["fuse"].replay()
-                rows = self._read_rows()[: self._order.shape[0]].reshape(-1, c.side + 1, d)[:, : c.side]
-                out[at : at + n], gates[at : at + n] = rows.reshape(-1, d)[:n], self._gates.read()[:n]
+                made = self._read_rows(self._order.shape[0]).reshape(-1, c.lines // c.grid[0], d)[:, : c.grid[1]]
+                here = slice(at * rows, min((at + step) * rows, len(s)))
+                count = here.stop - here.start
+                out[here], gates[here] = made.reshape(-1, d)[:count], self._gates.read()[:count]
         return (out, gates) if return_gates else out
 
     # ------------------------------------------------------------------------------------------ scenes
     def scene(
         self, frames: Any, *, depth: Any = None, intrinsics: Any = None, poses: Any = None, axis_align: Any = None,
         pe: str = "auto", features: np.ndarray | None = None, noise: np.ndarray | None = None, seed: int | None = None,
-        sampling: str = "uniform",
+        sampling: str | None = None,
     ) -> Scene:  # fmt: skip
         """Looks at a scene once: towers, fusion and the language model's prefix. Questions then cost their own tokens.
 
-        frames: `read_frames` tells what may be given; `frames` of them are taken by `sampling`. depth [F, h, w],
-        intrinsics (of the depth camera), poses [F, 4, 4] (camera to world) and axis_align [4, 4] belong to all F frames
-        given; see `world_coordinates`. pe: 'auto' adds codes of world coordinates where there are any, 'none' does not.
-        features: f32 [T, cells, C] of the taken frames instead of the generator's; noise, seed: see `features`.
+        frames: `read_frames` tells what may be given; as many as the model was loaded for are taken by `sampling`, by
+        default evenly. Variant A: depth [F, h, w], intrinsics (of the depth camera), poses [F, 4, 4] (camera to world)
+        and axis_align [4, 4] belong to all F frames given, see `world_coordinates`; pe: 'auto' adds codes of world
+        coordinates where there are any, 'none' does not. features: f32 [T, cells, C] of the taken frames instead of the
+        generator's; noise, seed: see `features`.
         Raises: InputError before any work; nothing is kept of a scene that failed.
         """
         c = self.config
-        taken = read_frames(frames, self.frames, sampling)
+        taken = read_frames(frames, self.frames, sampling or "uniform")
         coords = self._coordinates(taken, depth, intrinsics, poses, axis_align)
         if pe not in ("auto", "none"):
             raise InputError(f"pe={pe!r} is not one of 'auto', 'none'")
-        coded = pe == "auto" and c.coded and coords is not None
         if features is not None:
             features = np.asarray(features)
-            want = (self.frames, c.cells, c.generative)
+            want = (self.frames, self._generative.cells, c.generative)
             if features.dtype.kind != "f" or features.shape != want or not np.isfinite(features).all():
                 raise InputError(
                     f"features are {features.dtype} {list(features.shape)}; finite floats {list(want)} are needed"
                 )
-        pictures = self._picture(taken.pixels)
-        given = features if features is not None else self._generate(pictures, noise, seed)
-        voxels = None
-        if coded:
-            assert coords is not None
-            cells = average_coordinates(coords, (c.side, c.side), c.cell_pixels, self.coord_dtype)
-            voxels = c.voxels.of(cells, self.coord_dtype).reshape(-1, 3)
+        pictures, for_generator = self._eyes.prepare(taken.pixels)
+        given = features if features is not None else self._generate(for_generator, noise, seed)
+        voxels, notes = None, []
+        if isinstance(c, SceneConfig) and c.coded:
+            if coords is not None and pe == "auto":
+                cells = average_coordinates(coords, c.grid, c.cell_pixels, self.options.coord_dtype)
+                voxels = c.voxels.of(cells, self.options.coord_dtype).reshape(-1, 3)
+            else:
+                notes.append("no codes of world coordinates: this model was trained with them")
         key = _digest("scene", pictures, np.ascontiguousarray(given), b"" if voxels is None else voxels)
         with self._use():
             seen = self._seen.get(key)
             if seen is None:
-                seen = self._see(pictures, given, voxels, coords is not None and c.grounding)
+                seen = self._see(pictures, given, voxels, coords is not None and self.ground is not None)
                 self._seen.put(key, seen, seen.nbytes)
-            out = Scene(self, key, taken, pictures, coords, voxels is not None, seen)
+            out = Scene(self, key, taken, pictures, coords, voxels is not None, seen, notes)
             prefix = out.prompt()
             self._enter(prefix)
             self._cache.rewind([*prefix, -1])  # all of it may be cached
             self._prefill(list(prefix))
-        if c.coded and not coded:
-            out.notes.append("no codes of world coordinates: this model was trained with them")
         return out
 
     def _coordinates(self, taken: Frames, depth: Any, intrinsics: Any, poses: Any, align: Any) -> np.ndarray | None:
@@ -469,144 +464,149 @@ class Vega3D(LanguageModel):
         missing = [k for k, v in parts.items() if v is None]
         if len(missing) == 3 and align is None:
             return None
+        c = self.config
+        if not isinstance(c, SceneConfig):
+            raise InputError("this model sees pictures alone; depth, intrinsics and poses are for variant A")
         if missing:
             raise InputError(f"world coordinates need depth, intrinsics and poses; {', '.join(missing)} is missing")
         maps, cameras = (_frames_of(k, parts[k], taken.total)[taken.indices] for k in ("depth", "poses"))
         matrix = np.asarray(intrinsics)
         if matrix.ndim == 3:
             matrix = _frames_of("intrinsics", matrix, taken.total)[taken.indices]
-        size = self.config.vision.image_size
-        return world_coordinates(maps, matrix, cameras, align, (size, size))
+        return world_coordinates(maps, matrix, cameras, align, (c.vision.image_size,) * 2)
 
     def _see(self, pictures: np.ndarray, given: np.ndarray, voxels: np.ndarray | None, keep: bool) -> Seen:
         """Frames into embeddings. keep: also what grounding needs of them."""
-        c, n, lines = self.config, self.per_pass, self._order.shape[0]
+        c, n, lines = self.config, self.options.per_pass, self._order.shape[0]
         self._forget()
-        gates, tokens = [], []
+        gates, tokens, features = [], [], self._generative.given
         for at in range(0, self.frames, n):
-            self._tower.images.write(pictures[at : at + n].astype(np.float32) / 127.5 - 1)
-            self._given.write(given[at : at + n].reshape(self._given.shape).astype(np.float32))
+            self._eyes.place(pictures[at : at + n])
+            features.write(given[at : at + n].reshape(features.shape).astype(np.float32))
             first = at // n * lines
             self._order.write(np.arange(first, first + lines, dtype=np.int32))
             self.plans["look"].replay()
             if keep:
-                tokens.append(self._tower.x.read())
+                tokens.append(self._eyes.tower.x.read())  # type: ignore[union-attr]
             if voxels is not None:
                 self._voxels.write(voxels[at * c.cells : (at + n) * c.cells])
             self.plans["fuse" if voxels is None else "fuse_code"].replay()
             gates.append(self._gates.read())
         rows = self._rows.slice(0, (self.visual, self._rows.shape[1])).read()
-        return Seen(rows, np.concatenate(gates).reshape(self.frames, c.side, c.side), tokens)
+        return Seen(rows, np.concatenate(gates).reshape(self.frames, *c.grid), tokens)
 
-    def _read_rows(self) -> np.ndarray:
-        rows = self._rows.read()
+    def _read_rows(self, count: int) -> np.ndarray:
+        rows = self._rows.slice(0, (count, self._rows.shape[1])).read()
         return rows if rows.dtype == np.float32 else bf16_to_f32(rows)
 
     def _forget(self) -> None:
         """The scene that the rows and the cache hold is put away: they are needed for another."""
-        live = self._cache.live or []
-        size = next((i for i, t in enumerate(live) if t == self.vocab_size + self.visual - 1), None)
-        if self._live and size is not None and self._live not in self._store:
-            self._store.save(self._live, live[: size + 1])
+        live, last = self._cache.live or [], self.vocab_size + self.visual - 1
+        if self._live and last in live and self._live not in self._store:
+            self._store.save(self._live, live[: live.index(last) + 1])
         self._cache.clear()
         self._live = ""
 
     def _enter(self, tokens: list[int]) -> None:
         scene = tokens.scene if isinstance(tokens, ScenePrompt) else None
+        self._turn(scene is not None)
         if scene is None:
             if self._live:
                 self._forget()
             return
         if self._live != scene.key:
             self._forget()
-            rows = scene.seen.rows
-            self._rows.slice(0, rows.shape).write(rows)
+            self._rows.slice(0, scene.seen.rows.shape).write(scene.seen.rows)
             self._cache.live = self._store.load(scene.key) or []
             self._live = scene.key
-        if tokens.place is not None:  # type: ignore[attr-defined]
-            self._write_place(tokens.place)  # type: ignore[attr-defined]
+        if isinstance(tokens, ScenePrompt) and tokens.place is not None:
+            self._write_place(tokens.place)
+
+    def _turn(self, scene: bool) -> None:
+        """The rotary table of a text, or of a prompt with a scene in it, whose images have rows and columns."""
+        c = self.config
+        scene = scene and c.language.sections is not None
+        if self._roped == scene:
+            return
+        if c.language.sections is None:
+            table = rope_table(np.arange(self.context), c.language.head_dim, c.language.theta)
+        else:
+            places = np.repeat(np.arange(self.context)[:, None], 3, 1)
+            if scene:
+                places = scene_places(c.grid, Scene.layout(self), self.vocab_size, self.context)
+            table = rotary_rows(c.language, places)
+        self._rope.write(table)
+        self._roped = scene
 
     # ------------------------------------------------------------------------------------------ places and objects
-    def _write_place(self, centre: np.ndarray) -> None:
-        """The embedding of `<coord>` with the code of a place, into the row behind a scene's."""
-        c, d = self.config, self.config.language.width
-        voxel = c.voxels.of(centre[None], self.coord_dtype)
-        if voxel.tobytes() == self._place:
-            return
-        assert c.coord is not None
-        live = self._cache.live or []
-        at = next((i for i, t in enumerate(live) if t == self.place_id), None)
-        if at is not None:  # the id means another place from here on
-            self._cache.live = live[:at]
-        row = self.weights.language.embed.slice(c.coord * d, (1, d)).read()
-        value = (row if row.dtype == np.float32 else bf16_to_f32(row)) + position_code(voxel, d)
-        store(self._rows.slice(self.visual * d, (1, d)), value)
-        self._place = voxel.tobytes()
-
     @property
     def place_id(self) -> int:
         """Id of `<coord>` at a place."""
         return self.vocab_size + self.visual
 
+    def _write_place(self, centre: np.ndarray) -> None:
+        """The embedding of `<coord>` with the code of a place, into the row behind a scene's."""
+        c, d = self.config, self.config.language.width
+        assert isinstance(c, SceneConfig) and c.coord is not None
+        voxel = c.voxels.of(centre[None], self.options.coord_dtype)
+        if voxel.tobytes() == self._place:
+            return
+        live = self._cache.live or []
+        if self.place_id in live:  # the id means another place from here on
+            self._cache.live = live[: live.index(self.place_id)]
+        row = self.weights.language.embed.slice(c.coord * d, (1, d)).read()
+        value = (row if row.dtype == np.float32 else bf16_to_f32(row)) + position_code(voxel, d)
+        store(self._rows.slice(self.visual * d, (1, d)), value)
+        self._place = voxel.tobytes()
+
     def _objects_of(self, scene: Scene, boxes: np.ndarray) -> np.ndarray:
-        """f32 [K, D]: mean of the unfused semantic tokens of each box's patches, with the code of its centre."""
-        c, v = self.config, self.config.vision
-        assert scene.coords is not None
-        seen = patches_in_boxes(scene.coords, boxes, (v.side, v.side), v.patch_size, coord_dtype=self.coord_dtype)
-        flat = seen.reshape(len(boxes), self.frames // self.per_pass, -1)
-        counts = flat.sum((1, 2))
-        out = np.empty((len(boxes), c.language.width), np.float32)
-        for at in range(0, len(boxes), OBJECTS):
-            part = flat[at : at + OBJECTS]
-            self._sum.write(np.zeros(self._sum.shape, np.float32))
-            for i in np.flatnonzero(part.any((0, 2))):
-                self._tower.x.write(scene.seen.tokens[i])
-                members = [np.flatnonzero(row) for row in part[:, i]]
-                sizes = [len(m) for m in members] + [0] * (OBJECTS - len(members))
-                self._members.offsets.write(np.cumsum([0, *sizes]).astype(np.int32))
-                self._members.rows.window()[: sum(sizes)] = np.concatenate(members)
-                share = np.repeat(1 / np.maximum(counts[at : at + OBJECTS], 1), sizes[: len(part)])
-                self._members.weights.window()[: sum(sizes)] = share
-                self.plans["mean"].replay()
-            self.plans["objects"].replay()
-            out[at : at + len(part)] = self._objects.read()[: len(part)]
-        out[counts == 0] = 0
-        return out + position_code(c.voxels.of(boxes[:, :3], self.coord_dtype), c.language.width)
+        assert self.ground is not None and scene.coords is not None
+        return self.ground.objects(self.plans, scene.coords, scene.seen.tokens, boxes, self.options.coord_dtype)
 
     def _scores(self, scene: Scene, prompt: ScenePrompt, boxes: np.ndarray) -> np.ndarray:
         """f64 [K + 1]: cosine of the prompt's query with each box, last with 'none of them'."""
-        zero = self.weights.zero_target
-        assert zero is not None
+        assert self.ground is not None
         with self._use():
-            # Objects first: they and the prefix share nothing but the workspace.
             objects = scene.objects(boxes)
             self._enter(prompt)
             self._cache.rewind(prompt)
             self._prefill(list(prompt))
             self.plans["query"].replay()
-            query = self._query_out.read().astype(np.float64)[0]
-            rows = np.concatenate([objects, zero.reshape(1, -1)])
-            out = []
-            for at in range(0, len(rows), OBJECTS):
-                part = rows[at : at + OBJECTS]
-                padded = np.zeros(self._objects.shape, np.float32)
-                padded[: len(part)] = part
-                self._objects.write(padded)
-                self.plans["match"].replay()
-                out.append(self._object_out.read()[: len(part)].astype(np.float64))
-        made = np.concatenate(out)
-        return made @ query / (np.linalg.norm(made, axis=1) * np.linalg.norm(query))
+            return self.ground.scores(self.plans, objects)
 
 
-def bilinear_grid(n: int, m: int) -> list[list[tuple[int, float]]]:
-    """What each of m x m cells takes of a grid of n x n: bilinear between centres, no antialias."""
-    cells, shares = bilinear(n, m)
-    return [
-        [(int(y) * n + int(x), float(a * b)) for y, a in zip(cells[i], shares[i]) for x, b in zip(cells[j], shares[j])]
-        for i in range(m) for j in range(m)
-    ]  # fmt: skip
+# ------------------------------------------------------------------------------------------------------ rotary places
+def scene_places(grid: tuple[int, int], ids: Sequence[int], vocab: int, count: int) -> np.ndarray:
+    """i64 [count, 3]: (time, row, column) of each position of a prompt; ids of images from `vocab` on.
+
+    Text counts on by one in all three. An image that begins at p has p for its time, p + row and p + column, and text
+    goes on behind the larger of its sides.
+    """
+    rows, columns = grid
+    image = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+    image = np.concatenate([np.zeros((len(image), 1), np.int64), image], 1)
+    out, at, p = np.empty((count, 3), np.int64), 0, 0
+    while at < len(ids):
+        if ids[at] >= vocab:
+            out[at : at + len(image)] = p + image
+            at, p = at + len(image), p + max(rows, columns)
+        else:
+            out[at] = p
+            at, p = at + 1, p + 1
+    out[at:] = (p + np.arange(count - at))[:, None]
+    return out
 
 
+def rotary_rows(c: LanguageConfig, places: np.ndarray) -> np.ndarray:
+    """f32 [n, head_dim]: cosines, then sines, of places [n, 3]; each section of pairs turns by one of the three."""
+    assert c.sections is not None
+    axis = np.repeat(np.arange(3), c.sections)
+    turn = c.theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim)
+    angle = places[:, axis] * turn
+    return np.concatenate([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ the generator
 def _wan(folder: Path, wan: str | os.PathLike[str] | None) -> Path | None:
     """The generator's folder."""
     if wan is not None:
@@ -621,10 +621,26 @@ def _wan(folder: Path, wan: str | os.PathLike[str] | None) -> Path | None:
     return None
 
 
-def _generator_sketch(
-    c: VegaConfig, dit: DitConfig, vae: VaeConfig, device: str, dtype: object, quant: str | None
-) -> dict[str, int]:
-    made = GeneratorFeatures.sketch(dit, vae, c.tap, device=device, dtype=dtype, quant=quant and "int8")
+def _features_grid(c: VegaConfig, generator: GeneratorFeatures | None, files: Files | None) -> tuple[int, int]:
+    """The grid on which features come; ConfigError where they do not fit the model."""
+    dit, vae, tap = (None, None, c.tap)
+    if generator is not None:
+        dit, vae, tap = generator.dit, generator.vae, generator.tap
+    elif files is not None:
+        dit, vae = files.dit_config, files.vae_config
+    step = GENERATOR_CELL if dit is None or vae is None else vae.factor * dit.patch
+    grid = tap.grid or (tap.size[1] // step, tap.size[0] // step)
+    if (dit is not None and dit.dim != c.generative) or (c.tap.grid is not None and grid != c.tap.grid):
+        raise ConfigError(
+            f"the generator gives {dit.dim if dit else c.generative} channels on a grid of {grid}; this model takes "
+            f"{c.generative} on {c.tap.grid or 'any'}"
+        )
+    return grid
+
+
+def _generator_bytes(c: VegaConfig, dit: DitConfig, vae: VaeConfig, o: Options) -> dict[str, int]:
+    made = GeneratorFeatures.sketch(dit, vae, c.tap, device=o.device, dtype=o.dtype, quant=o.quant and "int8",
+                                    per_pass=o.per_pass)  # fmt: skip
     return dict(made.memory().parts)
 
 
@@ -634,7 +650,7 @@ def _add(parts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
     return parts
 
 
-def _check_widths(c: VegaConfig) -> None:
+def _check_widths(c: SceneConfig | SpatialConfig) -> None:
     """What the kernels' fixed scratch can hold."""
     if c.language.width > MAX_D:
         raise ConfigError(f"hidden_size {c.language.width} exceeds what the fusion takes, {MAX_D}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.blocks.siglip import SiglipConfig
-from engine.models.vega3d.config import LanguageConfig, VegaConfig
+from engine.models.vega3d.config import LanguageConfig, SceneConfig
 from engine.models.vega3d.weights import VISION
 
 Weights = Mapping[str, Tensor]
@@ -87,7 +87,7 @@ def position_code(voxels: Tensor, d: int) -> Tensor:
 
 
 def visual_tokens(
-    w: Weights, c: VegaConfig, images: Tensor, features: Tensor, voxels: Tensor | None = None
+    w: Weights, c: SceneConfig, images: Tensor, features: Tensor, voxels: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """images [T, 3, S, S], features [T, cells, C], voxels [T, cells, 3]: (embeddings [rows, D] with newlines, gates
     [T, cells, 1], semantic tokens before pooling [T, tokens, D])."""

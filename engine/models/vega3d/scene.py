@@ -1,7 +1,11 @@
-"""A scene that a model has looked at: questions, captions and grounding of boxes, by the published prompts."""
+"""A scene that a model has looked at: questions, captions and grounding of boxes, by the published prompts.
+
+Variant A answers as ScanQA and SQA3D ask, variant B as VSI-Bench does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +15,19 @@ from engine.blocks.language import Generation, TextStream
 from engine.blocks.scene import Frames, check_boxes
 from engine.errors import InputError, TokenizerError
 from engine.io.text import StopScanner
-from engine.models.vega3d.config import MASS, TEMPERATURE
+from engine.models.vega3d.config import MASS, TEMPERATURE, SceneConfig, SpatialConfig
 
 if TYPE_CHECKING:
     from engine.models.vega3d.model import Vega3D
 
 MAX_ANSWER = 512
+VISION = ("<|vision_start|>", "<|vision_end|>")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 INSTRUCTION = (
     "The video captures 3D spatial information of a scene. Please focus on the spatial relationships in the video and "
     "answer the following questions.\n"
 )
+SHORT_ANSWER = 16  # tokens, of VSI-Bench
 #: What follows the frames, by task.
 TASKS = {
     "scanqa": " {question} Answer the question simply.",
@@ -31,6 +37,9 @@ TASKS = {
     "scanrefer": "Identify the object according to the following description.\n{description}",
     "multi3drefer": "Identify the object according to the following description.\n{description}\n"
     "There may be no corresponding object, or there may be one or more objects.",
+    "vsi": "These are frames of a video.\n{question}\nPlease answer the question using a single word or phrase.",
+    "vsi_choices": "These are frames of a video.\n{question}\nOptions:\n{choices}\n"
+    "Answer with the option's letter from the given choices directly.",
 }
 
 
@@ -108,50 +117,84 @@ class Scene:
         return self.seen.gates
 
     # ------------------------------------------------------------------------------------------ prompts
-    def prompt(self, text: str | None = None, place: np.ndarray | None = None, ground: bool = False) -> ScenePrompt:
-        """Ids of the chat with `text` behind the frames; without a text, what every prompt begins with.
+    @staticmethod
+    def layout(m: Vega3D) -> list[int]:
+        """What every prompt about a scene begins with: the system's words and the frames.
 
         Pieces are tokenised one by one, as in the published evaluation.
         """
-        m = self.model
         first = m.vocab_size
-        ids = [*_ids(m, SYSTEM, "<|im_start|>user", "\n"), *range(first, first + m.visual)]
+        if isinstance(m.config, SceneConfig):
+            return [*_ids(m, SYSTEM, "<|im_start|>user", "\n"), *range(first, first + m.visual)]
+        out, (start, end) = _ids(m, SYSTEM, "<|im_start|>user\n"), (_ids(m, t) for t in VISION)
+        for f in range(m.frames):
+            out += [*start, *range(first + f * m.config.cells, first + (f + 1) * m.config.cells), *end]
+        return out
+
+    def prompt(self, text: str | None = None, place: np.ndarray | None = None, ground: bool = False) -> ScenePrompt:
+        """Ids of the chat with `text` behind the frames; without a text, what every prompt begins with."""
+        m, ids = self.model, self.layout(self.model)
         if text is not None:
-            body = _ids(m, "\n", text, "<|im_end|>\n", "<|im_start|>assistant\n")
+            scene = isinstance(m.config, SceneConfig)
+            body = _ids(m, *("\n",) * scene, text, "<|im_end|>\n", "<|im_start|>assistant\n")
             if place is not None:
+                assert isinstance(m.config, SceneConfig)
                 body = [m.place_id if i == m.config.coord else i for i in body]
             ids += body
         if ground:
-            assert m.config.ground is not None
+            assert isinstance(m.config, SceneConfig) and m.config.ground is not None
             ids.append(m.config.ground)
         m._fits(len(ids))
         return ScenePrompt(ids, self, place)
 
-    def _question(self, question: str, situation: str | None, task: str | None, instruction: bool) -> ScenePrompt:
+    def _question(
+        self, question: str, situation: str | None = None, task: str | None = None, instruction: bool = False,
+        choices: Sequence[str] | None = None,
+    ) -> ScenePrompt:  # fmt: skip
         for name, value in (("question", question), ("situation", situation or "-")):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{name}={value!r} is not a text with words in it")
-        task = ("sqa3d" if situation else "scanqa") if task is None else task
-        if task not in ("scanqa", "sqa3d", "plain"):
-            raise InputError(f"task={task!r} is not one of 'scanqa', 'sqa3d', 'plain'")
+        known: tuple[str, ...]
+        if isinstance(self.model.config, SceneConfig):
+            known, default = ("scanqa", "sqa3d", "plain"), "sqa3d" if situation else "scanqa"
+            if choices is not None:
+                raise InputError("choices= is for Qwen2.5-VL; put them into the question")
+        else:
+            known, default = ("vsi", "plain"), "vsi"
+            if situation or instruction:
+                raise InputError("situation= and instruction= are for variant A; put them into the question")
+        task = default if task is None else task
+        if task not in known:
+            raise InputError(f"task={task!r} is not one of {', '.join(map(repr, known))}")
         if (task == "sqa3d") != bool(situation):
             raise InputError(f"task {task!r} and situation={situation!r} do not go together; 'sqa3d' takes a situation")
+        if choices is not None:
+            if isinstance(choices, str) or not 2 <= len(choices) <= 26 or not all(isinstance(t, str) for t in choices):
+                raise InputError(f"choices={choices!r} are not 2 to 26 texts")
+            if task != "vsi":
+                raise InputError(f"choices= goes with task 'vsi', not {task!r}")
+            lettered = "\n".join(f"{chr(65 + i)}. {t}" for i, t in enumerate(choices))
+            return self.prompt(TASKS["vsi_choices"].format(question=question, choices=lettered))
         text = TASKS[task].format(question=question, situation=situation)
         return self.prompt(INSTRUCTION + text if instruction else text)
 
     # ------------------------------------------------------------------------------------------ verbs
     def stream(
         self, question: str, *, situation: str | None = None, task: str | None = None, instruction: bool = False,
-        max_new_tokens: int | None = None, stop: Any = (), **sampling: float,
+        choices: Sequence[str] | None = None, max_new_tokens: int | None = None, stop: Any = (), **sampling: float,
     ) -> TextStream:  # fmt: skip
         """Events of an answer as they come; greedy unless temperature is given.
 
-        situation: where the asker stands (SQA3D). task: 'scanqa' (a simple answer; default), 'sqa3d' (a word or phrase;
-        default with a situation) or 'plain' (the question alone). instruction: the sentence that training put in front.
-        max_new_tokens: default 512, or what the context has room for. sampling: see LanguageModel.stream.
+        Variant A: situation: where the asker stands (SQA3D). task: 'scanqa' (a simple answer; default), 'sqa3d' (a word
+        or phrase; default with a situation) or 'plain' (the question alone). instruction: the sentence that training
+        put in front. Variant B: task 'vsi' (VSI-Bench, default) or 'plain'; choices: of an answer by letter.
+        max_new_tokens: default 512, of 'vsi' 16, or what the context has room for. sampling: see LanguageModel.stream.
         Raises: InputError, ContextError, TokenizerError before any work.
         """
-        return self._stream(self._question(question, situation, task, instruction), max_new_tokens, stop, sampling)
+        prompt = self._question(question, situation, task, instruction, choices)
+        if max_new_tokens is None and isinstance(self.model.config, SpatialConfig) and task != "plain":
+            max_new_tokens = min(SHORT_ANSWER, self.model.context - len(prompt))
+        return self._stream(prompt, max_new_tokens, stop, sampling)
 
     def _stream(self, prompt: ScenePrompt, most: int | None, stop: Any, sampling: dict[str, Any]) -> TextStream:
         options = self.model._options(stop, sampling)
@@ -168,10 +211,10 @@ class Scene:
     ) -> Generation:  # fmt: skip
         """Describes what is in a box (cx, cy, cz, sx, sy, sz), metres in the scene's world (Scan2Cap)."""
         one = check_boxes(box, "box", least=1, limit=1)
-        self._has_places("caption")
-        if self.model.config.coord is None:
+        c = self._with_places("caption")
+        if c.coord is None:
             raise InputError(f"model {self.model.name!r} has no <coord> token (coord_token_ids): it cannot caption")
-        self._near(one, "box")
+        _near(c, one, "box")
         return _stripped(
             self._stream(self.prompt(TASKS["scan2cap"], one[0, :3]), max_new_tokens, stop, sampling).finish()
         )
@@ -199,14 +242,13 @@ class Scene:
 
     # ------------------------------------------------------------------------------------------ boxes
     def _score(self, task: str, description: str, proposals: Any) -> tuple[np.ndarray, np.ndarray]:
-        c = self.model.config
         boxes = check_boxes(proposals, "proposals", least=1)
-        self._has_places("ground")
+        c = self._with_places("ground")
         if not c.grounding or c.ground is None:
             raise InputError(f"model {self.model.name!r} has no grounding heads (ground_head_*) or no <ground> token")
         if not isinstance(description, str) or not description.strip():
             raise InputError(f"description={description!r} is not a text with words in it")
-        self._near(boxes, "proposals")
+        _near(c, boxes, "proposals")
         prompt = self.prompt(TASKS[task].format(description=description.capitalize()), ground=True)
         return boxes, self.model._scores(self, prompt, boxes)
 
@@ -217,19 +259,24 @@ class Scene:
             self._objects = key, self.model._objects_of(self, boxes)
         return self._objects[1]
 
-    def _has_places(self, verb: str) -> None:
+    def _with_places(self, verb: str) -> SceneConfig:
+        c = self.model.config
+        if not isinstance(c, SceneConfig):
+            raise InputError(f"{verb} is of variant A; this model sees pictures alone and knows no places")
         if self.coords is None:
             raise InputError(f"{verb} needs world coordinates; give depth, intrinsics and poses to scene()")
+        return c
 
-    def _near(self, boxes: np.ndarray, what: str) -> None:
-        """Boxes must lie where voxels are counted."""
-        v = self.model.config.voxels
-        bad = np.flatnonzero(~((boxes[:, :3] >= v.low) & (boxes[:, :3] <= v.high)).all(1))
-        if len(bad):
-            raise InputError(
-                f"{what}[{bad[0]}] has its centre at {boxes[bad[0], :3].tolist()} m, outside {v.low} to {v.high}: are "
-                "boxes and poses in one world (axis_align)?"
-            )
+
+def _near(c: SceneConfig, boxes: np.ndarray, what: str) -> None:
+    """Boxes must lie where voxels are counted."""
+    v = c.voxels
+    bad = np.flatnonzero(~((boxes[:, :3] >= v.low) & (boxes[:, :3] <= v.high)).all(1))
+    if len(bad):
+        raise InputError(
+            f"{what}[{bad[0]}] has its centre at {boxes[bad[0], :3].tolist()} m, outside {v.low} to {v.high}: are "
+            "boxes and poses in one world (axis_align)?"
+        )
 
 
 def _ids(m: Vega3D, *pieces: str) -> list[int]:

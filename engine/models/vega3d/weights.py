@@ -1,4 +1,4 @@
-"""From a checkpoint of VEGA-3D's multimodal language model to packed weights, under the published names."""
+"""From a checkpoint of VEGA-3D's multimodal language models to packed weights, under the published names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from engine.blocks.decoder import DecoderLayer
+from engine.blocks.qwen_vision import QwenVisionWeights, load_qwen_vision, qwen_vision_shapes
 from engine.blocks.scene import position_tables
 from engine.blocks.siglip import SiglipWeights, load_siglip, siglip_shapes
 from engine.blocks.weights import Packer, Recipe
 from engine.io.checkpoint import MappedSource, Source, expect, f32_to_bf16
 from engine.io.mapped import Rule
-from engine.models.vega3d.config import LanguageConfig, VegaConfig
+from engine.models.vega3d.config import LanguageConfig, SceneConfig, SpatialConfig, VegaConfig
 from engine.ops.fuse import Gate
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
 
 VISION = "model.vision_tower.vision_tower.vision_model."
+QWEN = "visual."
+OWN_GENERATOR = "generative_encoder.tower.model."  # where a checkpoint of variant B may hold the generator
 HEADS = ("ground_head_obj", "ground_head_query")
 _UNUSED: list[Rule] = [
     (re.compile(re.escape(VISION) + r"(post_layernorm|head)\."), None),
@@ -28,9 +31,20 @@ _UNUSED: list[Rule] = [
 
 
 def canonical(source: Source, c: VegaConfig) -> MappedSource:
-    """The checkpoint without what no result depends on."""
-    tied: list[Rule] = [("lm_head.", None)] if c.language.tied else []
-    return MappedSource(source, [*_UNUSED, *tied])
+    """The checkpoint without what no result depends on; of variant B under the names of transformers 4."""
+    rules = list(_UNUSED)
+    if isinstance(c, SpatialConfig):
+        rules += [("model.visual.", QWEN), ("model.language_model.", "model."), ("generative_encoder.", None)]
+    if c.language.tied:
+        rules.append(("lm_head.", None))
+    return MappedSource(source, rules)
+
+
+def own_generator(source: Source) -> MappedSource | None:
+    """The generator's transformer where the checkpoint holds one."""
+    if not any(key.startswith(OWN_GENERATOR) for key in source.keys()):  # noqa: SIM118
+        return None
+    return MappedSource(source, [(re.compile(f"(?!{re.escape(OWN_GENERATOR)})"), None), (OWN_GENERATOR, "")])
 
 
 def language_shapes(c: LanguageConfig) -> dict[str, tuple[int, ...]]:
@@ -53,20 +67,32 @@ def language_shapes(c: LanguageConfig) -> dict[str, tuple[int, ...]]:
 
 def shapes(c: VegaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape; all are float."""
-    d, out = c.language.width, language_shapes(c.language) | siglip_shapes(VISION, c.vision)
+    d, out = c.language.width, language_shapes(c.language)
 
     def linear(name: str, rows: int, columns: int) -> None:
         out[f"{name}.weight"], out[f"{name}.bias"] = (rows, columns), (rows,)
 
+    def fusion(name: str) -> None:
+        for n in (1, 2):
+            out[f"{name}.norm{n}.weight"] = out[f"{name}.norm{n}.bias"] = (d,)
+        linear(f"{name}.gate_projection.0", 1, 2 * d)
+        if c.blend == "residual":
+            out[f"{name}.residual_scale"] = ()
+
+    if isinstance(c, SpatialConfig):
+        out |= qwen_vision_shapes(QWEN, c.vision)
+        out["generative_merger.ln_q.weight"] = (c.generative,)
+        linear("generative_merger.mlp.0", c.hidden, c.generative * c.vision.merge**2)
+        linear("generative_merger.mlp.2", d, c.hidden)
+        fusion("generative_fusion")
+        return out
+    assert isinstance(c, SceneConfig)
+    out |= siglip_shapes(VISION, c.vision)
     linear("model.mm_projector.0", d, c.vision.width)
     linear("model.mm_projector.2", d, d)
     linear("model.generative_projector.0", d, c.generative)
     linear("model.generative_projector.2", d, d)
-    for n in (1, 2):
-        out[f"model.feature_fusion.norm{n}.weight"] = out[f"model.feature_fusion.norm{n}.bias"] = (d,)
-    linear("model.feature_fusion.gate_projection.0", 1, 2 * d)
-    if c.blend == "residual":
-        out["model.feature_fusion.residual_scale"] = ()
+    fusion("model.feature_fusion")
     out["model.image_newline"] = (d,)
     if c.grounding:
         for head in HEADS:
@@ -80,7 +106,8 @@ def shapes(c: VegaConfig) -> dict[str, tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------ packed
 @dataclass
 class Mlp:
-    """Two products with an activation between them; of a grounding head also the layer norm in front of the second."""
+    """Two products with an activation between them, and a norm: of a grounding head in front of the second, of a merger
+    in front of the first."""
 
     fc1: PackedMatrix
     fc1_bias: Tensor
@@ -101,20 +128,35 @@ class LanguageWeights:
 
 
 @dataclass
-class Weights:
-    """The packed model. zero_target: host copy f32 [D]; codes: tables of the voxels' codes."""
+class Fusion:
+    """The gate of two streams; rho: of the residual blend."""
 
-    vision: SiglipWeights
-    projector: Mlp
-    generative: Mlp
     gate: Gate
     rho: float
-    newline: Tensor
-    codes: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class GroundWeights:
+    """Heads of objects and of the query; zero_target: f32 [D], on the host."""
+
+    objects: Mlp
+    query: Mlp
+    zero_target: np.ndarray
+
+
+@dataclass
+class Weights:
+    """The packed model. projector: semantic, of variant A; generative: projector or merger. codes: tables of the
+    voxels' codes."""
+
+    vision: SiglipWeights | QwenVisionWeights
+    projector: Mlp | None
+    generative: Mlp
+    fusion: Fusion
     language: LanguageWeights
-    objects: Mlp | None = None
-    query: Mlp | None = None
-    zero_target: np.ndarray | None = None
+    newline: Tensor | None = None
+    codes: tuple[Tensor, Tensor, Tensor] | None = None
+    ground: GroundWeights | None = None
     notes: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
@@ -126,8 +168,8 @@ class Loader(Packer):
         super().__init__(source, arena)
         self.recipe = recipe
 
-    def mlp(self, name: str, role: str, *, norm: bool = False) -> Mlp:
-        last = 3 if norm else 2
+    def mlp(self, name: str, role: str, last: int = 2, norm: str | None = None, bias: bool = True) -> Mlp:
+        """name.0 and name.last; norm: the name of one, which has a bias or not."""
 
         def product(i: int) -> tuple[PackedMatrix, Tensor]:
             k = self.source.info(f"{name}.{i}.weight").shape[1]
@@ -135,8 +177,8 @@ class Loader(Packer):
             return weights, self.vector(f"{name}.{i}.bias")
 
         (fc1, fc1_bias), (fc2, fc2_bias) = product(0), product(last)
-        return Mlp(fc1, fc1_bias, fc2, fc2_bias, self.optional(f"{name}.2.weight", norm),
-                   self.optional(f"{name}.2.bias", norm))  # fmt: skip
+        return Mlp(fc1, fc1_bias, fc2, fc2_bias, self.optional(f"{norm}.weight", norm is not None),
+                   self.optional(f"{norm}.bias", norm is not None and bias))  # fmt: skip
 
     def layer(self, i: int, c: LanguageConfig) -> DecoderLayer:
         """Decoder layer i of the language model."""
@@ -164,18 +206,25 @@ class Loader(Packer):
         lm_head = self.matrix("lm_head", [head], self.recipe.format("lm_head", c.width))
         return LanguageWeights(embed, layers, self.vector("model.norm.weight"), lm_head)
 
-    def gate(self, c: VegaConfig, name: str) -> Gate:
-        """The fusion's norms and gate."""
+    def fusion(self, c: VegaConfig, name: str) -> Fusion:
+        """The norms and the gate."""
         d = c.language.width
         keys = [f"{name}.norm{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
         keys += [f"{name}.gate_projection.0.weight", f"{name}.gate_projection.0.bias"]
         if self.arena.dry:
             zero = np.zeros(d, np.float32)
-            return Gate.fold(self.arena, "gate", (zero, zero, zero, zero), np.zeros(2 * d), 0.0)
+            return Fusion(Gate.fold(self.arena, "gate", (zero, zero, zero, zero), np.zeros(2 * d), 0.0), 1.0)
         w1, b1, w2, b2, weight, bias = (self.value(k) for k in keys)
-        return Gate.fold(self.arena, "gate", (w1, b1, w2, b2), weight.reshape(-1), float(bias.reshape(-1)[0]))
+        gate = Gate.fold(self.arena, "gate", (w1, b1, w2, b2), weight.reshape(-1), float(bias.reshape(-1)[0]))
+        scale = self.value(f"{name}.residual_scale") if c.blend == "residual" else np.ones(1)
+        return Fusion(gate, float(scale.reshape(-1)[0]))
 
-    def codes(self, c: VegaConfig) -> tuple[Tensor, Tensor, Tensor]:
+    def ground(self) -> GroundWeights:
+        target = np.zeros(0, np.float32) if self.arena.dry else self.value("ground_head_zero_target")
+        objects, query = (self.mlp(head, "grounding", 3, f"{head}.2") for head in HEADS)
+        return GroundWeights(objects, query, target)
+
+    def codes(self, c: SceneConfig) -> tuple[Tensor, Tensor, Tensor]:
         """Tables of the position codes by axis, as the embeddings are stored."""
         d, counts, out = c.language.width, c.voxels.counts, []
         tables = (None,) * 3 if self.arena.dry else position_tables(d, counts)
@@ -188,18 +237,21 @@ class Loader(Packer):
 
     def load(self, c: VegaConfig, images: int, rows: int, progress: bool) -> Weights:
         """images: frames of a pass; rows: of a scene in the table of embeddings."""
+        assert isinstance(c, SceneConfig | SpatialConfig)
         total = c.vision.depth + c.language.layers
         with tqdm(total=total, desc="loading", unit="layer", disable=not progress, delay=1.0, leave=False) as bar:
-            vision = load_siglip(self, self.recipe, VISION, c.vision, images, bar.update)
-            residual = c.blend == "residual" and not self.arena.dry
+            if isinstance(c, SpatialConfig):
+                return Weights(
+                    load_qwen_vision(self, self.recipe, QWEN, c.vision, bar.update), None,
+                    self.mlp("generative_merger.mlp", "projector", norm="generative_merger.ln_q", bias=False),
+                    self.fusion(c, "generative_fusion"), self.language(c.language, rows, bar),
+                    notes=self.recipe.notes, skipped=self.source.skipped,
+                )  # fmt: skip
             return Weights(
-                vision, self.mlp("model.mm_projector", "projector"),
-                self.mlp("model.generative_projector", "projector"), self.gate(c, "model.feature_fusion"),
-                float(self.value("model.feature_fusion.residual_scale").reshape(())) if residual else 1.0,
-                self.vector("model.image_newline"), self.codes(c), self.language(c.language, rows, bar),
-                self.mlp(HEADS[0], "grounding", norm=True) if c.grounding else None,
-                self.mlp(HEADS[1], "grounding", norm=True) if c.grounding else None,
-                self.value("ground_head_zero_target") if c.grounding and not self.arena.dry else None,
+                load_siglip(self, self.recipe, VISION, c.vision, images, bar.update),
+                self.mlp("model.mm_projector", "projector"), self.mlp("model.generative_projector", "projector"),
+                self.fusion(c, "model.feature_fusion"), self.language(c.language, rows, bar),
+                self.vector("model.image_newline"), self.codes(c), self.ground() if c.grounding else None,
                 self.recipe.notes, self.source.skipped,
             )  # fmt: skip
 
