@@ -10,7 +10,7 @@ import json
 import sys
 
 import numpy as np
-from _vega import VACE, geometry, pictures, random_generator, random_model
+from _vega import VACE, geometry, pictures, random_generator, random_model, random_spatial
 
 from engine.ops.registry import error
 from engine.runtime import cuda
@@ -21,7 +21,7 @@ from .driver import EmulatedCuda
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("features", "vace", "prompt", "questions"))
+    parser.add_argument("what", choices=("features", "vace", "prompt", "questions", "spatial"))
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--audit", action="store_true")
     args = parser.parse_args()
@@ -41,7 +41,17 @@ def main() -> int:
         parts = (m._read_rows(m.visual), scene.gates, m.io.logits.read(), found.scores)
         return m, np.concatenate([np.ravel(p).astype(np.float32) for p in parts])
 
-    run = questions if args.what == "questions" else features
+    def spatial(device: str):
+        """Variant B: embeddings, gates, and the logits behind four tokens of an answer."""
+        m = random_spatial(device=device, dtype=args.dtype, frames=2, per_pass=2, chunk=32, generator=None,
+                           config={"generative_vision_tower_size": "48*32"})  # fmt: skip
+        given = np.random.default_rng(1).standard_normal((2, 6, m.config.generative)).astype(np.float32)
+        scene = m.scene(pictures(2), features=given)
+        scene.ask("where?", max_new_tokens=4)
+        parts = (m._read_rows(m.visual), scene.gates, m.io.logits.read())
+        return m, np.concatenate([np.ravel(p).astype(np.float32) for p in parts])
+
+    run = {"questions": questions, "spatial": spatial}.get(args.what, features)
     _, cpu = run("cpu")
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")

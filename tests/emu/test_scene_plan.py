@@ -35,9 +35,10 @@ def test_small_generator_equals_the_cpu_tape(what: str, dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS)
-def test_small_model_equals_the_cpu_tape(dtype: str) -> None:
-    """Both towers' ends, the fusion, prefill, decode and grounding; every plan audited."""
-    found = beside("scene", "questions", "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
+@pytest.mark.parametrize("what", ["questions", "spatial"])
+def test_small_model_equals_the_cpu_tape(what: str, dtype: str) -> None:
+    """Of both variants: towers, fusion, prefill, decode, and grounding; every plan audited."""
+    found = beside("scene", what, "--dtype", dtype, *(["--audit"] if dtype == "fp32" else []))
     assert found["error"] <= LIMITS[dtype], found
     assert found["kinds"] == ["cuda", "triton"]
     assert found["audit"] == ([] if dtype == "fp32" else None)
@@ -71,3 +72,15 @@ def test_node_budget_of_the_language_model() -> None:
         sizes = {"look": 10 * 26 + 8, "fuse": 5, "fuse_code": 5, "prefill": 10 * 28 + 1, "decode": 7 * 28 + 3}
         assert {name: len(m.plans[name]) for name in sizes} == sizes
         assert {n.impl for p in m.plans.values() for n in p.nodes} <= {"cuda", "triton"}
+
+
+def test_node_budget_of_variant_b() -> None:
+    """Its tower attends to windows of four shapes in 28 of 32 layers; an attention is two nodes."""
+    published = {"model_type": "qwen2_5_vl", "use_generative_encoder": True, "hidden_size": 3584,
+                 "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
+                 "num_hidden_layers": 28, "vocab_size": 152064, "rope_theta": 1e6, "max_position_embeddings": 128000,
+                 "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}  # fmt: skip
+    with cuda.use(cuda.Recorder()):
+        m = Vega3D.sketch(published, device="cuda", dtype="bf16")
+        sizes = {"look": 32 * 8 + 2 * (28 * 4 + 4) + 10, "fuse": 7, "prefill": 10 * 28 + 1, "decode": 7 * 28 + 3}
+        assert {name: len(m.plans[name]) for name in sizes} == sizes

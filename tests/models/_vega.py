@@ -10,7 +10,7 @@ import tokenizers
 from _source import Tensors
 
 from engine.io.text import Tokenizer
-from engine.models.vega3d.config import VegaConfig
+from engine.models.vega3d.config import SceneConfig, VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
@@ -47,7 +47,8 @@ def random_generator(
 
 
 # ------------------------------------------------------------------------------------------------------ scenes
-CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<ground>", "<coord>")
+CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<ground>", "<coord>", "<|vision_start|>",
+        "<|vision_end|>")  # fmt: skip
 LANGUAGE = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
             "num_hidden_layers": 2, "vocab_size": 264, "rope_theta": 1e4, "max_position_embeddings": 512}  # fmt: skip
 EYES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 40, "num_hidden_layers": 2, "patch_size": 4,
@@ -69,8 +70,8 @@ def tokenizer() -> Tokenizer:
 
 
 def scene_weights(config: VegaConfig, seed: int = 0) -> Tensors:
-    """Every tensor of a model, with heads for grounding."""
-    made = filled(shapes(replace(config, grounding=True)), seed)
+    """Every tensor of a model, of variant A with heads for grounding."""
+    made = filled(shapes(replace(config, grounding=True) if isinstance(config, SceneConfig) else config), seed)
     for name, value in made.tensors.items():
         # A text of bytes: without this the answers would end at once or never vary.
         if name == "model.embed_tokens.weight":
@@ -88,6 +89,27 @@ def random_model(source: Tensors | None = None, generator: object = "random", **
         grid = (config.side,) * 2
         generator = random_generator(grid=grid, dtype="fp32", max_pixels=config.vision.image_size**2)
     given = Options.of(config, **{"coord_dtype": "fp32", "feature_cache": 1 << 24, "prefix_cache": 1 << 24} | options)
+    return Vega3D(config, source, given, generator=generator, tokenizer=tokenizer(), progress=False)
+
+
+SPATIAL = LANGUAGE | {
+    "model_type": "qwen2_5_vl", "use_generative_encoder": True, "eos_token_id": 258, "torch_dtype": "float32",
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}, "frames_upbound": 4,
+    "generative_feat_dim": DIT.dim, "generative_vision_tower_size": "24*16", "generative_merger_hidden_dim": 40,
+    "generative_vision_tower_feat_block_idx": 1, "min_pixels": 1, "max_pixels": 240,
+    "vision_config": {"hidden_size": 32, "num_heads": 2, "depth": 3, "intermediate_size": 40, "out_hidden_size": 48,
+                      "patch_size": 2, "window_size": 8, "fullatt_block_indexes": [1]},
+}  # fmt: skip
+
+
+def random_spatial(source: Tensors | None = None, generator: object = "random", **options) -> Vega3D:
+    """A small model of variant B on frames of 30 x 20, 3 x 4 visual tokens each."""
+    o = SPATIAL | options.pop("config", {})
+    config = VegaConfig.from_json(o, frame_size=(30, 20))
+    if generator == "random":
+        generator = random_generator(grid=None, dtype="fp32", max_pixels=518 * 518)
+    given = Options.of(config, **{"feature_cache": 1 << 24, "prefix_cache": 1 << 24} | options)
+    source = source or scene_weights(config)
     return Vega3D(config, source, given, generator=generator, tokenizer=tokenizer(), progress=False)
 
 

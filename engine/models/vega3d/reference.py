@@ -1,5 +1,6 @@
-"""The multimodal language model in plain torch, as published: what the plans must give (spec of VEGA-3D, sections 1.2,
-1.6 to 1.8).
+"""The multimodal language models in plain torch, as published: what the plans must give.
+
+Sources: VEGA-3D (arXiv 2603.19235) and its released code; SigLIP (Zhai et al. 2023); Qwen2.5-VL (Bai et al. 2025).
 
 Weights are mappings of tensors under the published names; everything is differentiable.
 """
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.blocks.qwen_vision import QwenVisionConfig
 from engine.blocks.siglip import SiglipConfig
-from engine.models.vega3d.config import LanguageConfig, SceneConfig
-from engine.models.vega3d.weights import VISION
+from engine.models.vega3d.config import LanguageConfig, SceneConfig, SpatialConfig
+from engine.models.vega3d.weights import QWEN, VISION
 
 Weights = Mapping[str, Tensor]
-EPS = 1e-6  # of SigLIP's norms
+EPS = 1e-6  # of the norms in the towers and the merger
 FUSION_EPS = HEAD_EPS = 1e-5
 
 
@@ -53,6 +55,39 @@ def siglip(w: Weights, c: SiglipConfig, images: Tensor) -> Tensor:
         h = F.gelu(linear(w, f"{p}.mlp.fc1", layer_norm(w, f"{p}.layer_norm2", x, EPS)), approximate="tanh")
         x = x + linear(w, f"{p}.mlp.fc2", h)
     return x
+
+
+def qwen_vision(w: Weights, c: QwenVisionConfig, images: Tensor) -> Tensor:
+    """[N, 3, H, W], normalised, to merged tokens [N, rows * columns, out], row by row. A token sees the tokens of its
+    window, or in the layers `full` all of its frame."""
+    rows, columns, p = *c.grid, c.patch_size
+    weight = w[f"{QWEN}patch_embed.proj.weight"].sum(2)  # two equal frames
+    x = F.conv2d(images, weight, stride=p).flatten(2).transpose(1, 2)
+    at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    edge = c.window * c.merge
+    window = at[:, 0] // edge * columns + at[:, 1] // edge
+    together = window[:, None] == window[None]
+    half = c.head_dim // 2
+    turn = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+    angle = (at.double()[:, :, None] * turn).flatten(1)
+    for i in range(c.depth):
+        b = f"{QWEN}blocks.{i}"
+        h = linear(w, f"{b}.attn.qkv", rms_norm(w, f"{b}.norm1", x, EPS))
+        q, k, v = (heads_of(t, c.heads) for t in h.chunk(3, -1))
+        mask = None if i in c.full else together
+        mixed = F.scaled_dot_product_attention(rotate(q, angle), rotate(k, angle), v, attn_mask=mask)
+        x = x + linear(w, f"{b}.attn.proj", mixed.transpose(1, 2).flatten(2))
+        h = rms_norm(w, f"{b}.norm2", x, EPS)
+        h = F.silu(linear(w, f"{b}.mlp.gate_proj", h)) * linear(w, f"{b}.mlp.up_proj", h)
+        x = x + linear(w, f"{b}.mlp.down_proj", h)
+    units = merged(rms_norm(w, f"{QWEN}merger.ln_q", x, EPS), c)
+    return linear(w, f"{QWEN}merger.mlp.2", F.gelu(linear(w, f"{QWEN}merger.mlp.0", units)))
+
+
+def merged(x: Tensor, c: QwenVisionConfig) -> Tensor:
+    """[N, patches, D] to [N, tokens, merge * merge * D]: row by row, and so inside a token."""
+    m, (rows, columns) = c.merge, c.merged
+    return x.unflatten(1, (rows, m, columns, m)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def projector(w: Weights, name: str, x: Tensor) -> Tensor:
@@ -100,12 +135,32 @@ def visual_tokens(
     return torch.cat([lines, ends], 2).flatten(0, 2), gate, encoded
 
 
+def spatial_tokens(
+    w: Weights, c: SpatialConfig, images: Tensor, features: Tensor, source: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """images [T, 3, H, W], normalised, features [T, cells, C] on the grid `source`: (embeddings [T * tokens, D], gates
+    [T, tokens, 1])."""
+    grid = features.transpose(1, 2).unflatten(2, source)
+    resized = F.interpolate(grid, c.vision.grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    units = merged(rms_norm(w, "generative_merger.ln_q", resized, EPS), c.vision)
+    x, gate = fuse(w, qwen_vision(w, c.vision, images), projector(w, "generative_merger.mlp", units), c.blend,
+                   "generative_fusion")  # fmt: skip
+    return x.flatten(0, 1), gate
+
+
 # ------------------------------------------------------------------------------------------------------ language
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """x [..., T, d] by angles [T, d / 2]; channel i turns with channel i + d / 2."""
     a, b = x.chunk(2, -1)
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rotary_angles(c: LanguageConfig, places: Tensor) -> Tensor:
+    """f64 [T, head_dim / 2] of places [T, 3] (time, row, column): each section of pairs turns by one of them."""
+    assert c.sections is not None
+    turn = c.theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    return torch.cat([p[:, None] * t for p, t in zip(places.double().T, turn.split(list(c.sections)))], 1)
 
 
 def language(w: Weights, c: LanguageConfig, x: Tensor, angle: Tensor | None = None) -> Tensor:

@@ -176,6 +176,8 @@ class Scene:
             lettered = "\n".join(f"{chr(65 + i)}. {t}" for i, t in enumerate(choices))
             return self.prompt(TASKS["vsi_choices"].format(question=question, choices=lettered))
         text = TASKS[task].format(question=question, situation=situation)
+        if default == "vsi" and task == "plain":
+            text = question  # no space stands between frames and text
         return self.prompt(INSTRUCTION + text if instruction else text)
 
     # ------------------------------------------------------------------------------------------ verbs
