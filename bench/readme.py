@@ -148,6 +148,11 @@ def figure_table() -> str:
             rows.append(_row("VEGA-3D's generator, 1.3B, random weights, a frame 832 x 480 to block 20", r["kind"],
                              f"{r['seconds']:.1f} s", "-", quality, f"diffusers bf16 ×{r['ratio']:.2f} (arithmetic "
                              f"×{r['ratio_of_arithmetic']:.2f})", newest("vega3d")["file"]))  # fmt: skip
+        elif r["what"] == "questions":
+            cold = f"cold ×{r['cold_s'] / r['second_s']:.0f}, logits within {r['error']:.0e}"
+            what = f"VEGA-3D, full width, {r['layers']} layers, random weights, second question about a scene"
+            figure = f"{r['second_s'] * 1e3:.0f} ms for {r['tokens']} of {r['prompt']} tokens"
+            rows.append(_row(what, r["kind"], figure, "-", "as tests", cold, newest("vega3d")["file"]))
         else:
             rows.append(_row(f"gated_fuse, {r['rows']} x {r['width']}", "bf16", f"{r['ms']:.1f} ms",
                              f"{r['share']:.0%} of read bandwidth", f"error {r['error']:.0e}",

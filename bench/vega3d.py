@@ -1,4 +1,5 @@
-"""VEGA-3D: features of a frame at full size against diffusers, and the gated fusion against the eager chain.
+"""VEGA-3D: features of a frame at full size against diffusers, the gated fusion against the eager chain, and what a
+second question about a scene costs.
 
 Both sides are bf16 with random weights and the same threads; turns are interleaved, ratios are medians of pairs. The
 opponent runs the VAE's encoder and the whole transformer, as the published code does to tap one block. Weights differ,
@@ -14,20 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from bench.report import Report
 from bench.roofs import Bandwidth
 from bench.sources import RandomSource
 from bench.timing import PARK, interleave, ratio
 from bench.worker import Worker
+from engine.io.text import Tokenizer
+from engine.models.vega3d.config import VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
+from engine.models.vega3d.model import Options, Vega3D
+from engine.models.vega3d.weights import shapes
 from engine.ops.registry import error, ops
 from engine.runtime import device
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, BLOCK = (832, 480), 20
+LAYERS = 2  # of SigLIP and of the language model, where a scene is timed
 BAR, BAR_FUSION, BAR_BANDWIDTH = 2.0, 4.0, 0.7
 # TFLOP of a frame by count, multiply-add = 2: the encoder as a 2-D network and blocks 0 to 20, and all of both.
 OURS, THEIRS = 0.99 + 2.89, 2.72 + 4.50
@@ -122,9 +129,58 @@ def fusion(report: Report) -> None:
                read_gb_s=read, share=moved / read, bar_share=BAR_BANDWIDTH, error=worst)  # fmt: skip
 
 
+def tokenizer() -> Tokenizer:
+    """Bytes and the chat's special tokens: the words of random weights do not matter."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    return Tokenizer(inner)
+
+
+def questions(report: Report, kind: str) -> None:
+    """A scene of 32 frames at full width, two layers of each tower: the first question, a second, and the second with
+    nothing kept."""
+    config = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
+              "num_hidden_layers": LAYERS, "vocab_size": 8192, "rope_theta": 1e6,
+              "vision_config": {"num_hidden_layers": LAYERS}}  # fmt: skip
+    c = VegaConfig.from_json(config)
+    quant = "int8" if kind == "int8" else None
+    rng = np.random.default_rng(5)
+    frames = rng.integers(0, 256, (32, 120, 160, 3), dtype=np.uint8)
+    features = rng.standard_normal((32, c.cells, c.generative)).astype(np.float32)
+    with Vega3D(c, RandomSource(shapes(c)), Options.of(c, dtype="bf16", quant=quant), tokenizer=tokenizer(),
+                progress=False) as m:  # fmt: skip
+        m.warmup()
+        t0 = time.perf_counter()
+        scene = m.scene(frames, features=features)
+        looked = time.perf_counter() - t0
+
+        def ask(text: str) -> tuple[float, int, np.ndarray]:
+            t0 = time.perf_counter()
+            answer = scene.ask(text, max_new_tokens=1)
+            return time.perf_counter() - t0, answer.prompt_tokens - answer.reused_tokens, m.io.logits.read()[0]
+
+        first, _, _ = ask("How many chairs stand at the table?")
+        warm, new, want = ask("What is left of the door?")
+        m._cache.clear()
+        cold, all_of, got = ask("What is left of the door?")
+    worst, same = error(want, got), bool(want.argmax() == got.argmax())
+    total = looked + first
+    print(f"scene of 32 frames, full width, {LAYERS} layers, {kind}: looked at in {looked:.1f} s, first question "
+          f"{first * 1e3:.0f} ms; second {warm * 1e3:.0f} ms for {new} of {all_of} tokens, cold {cold:.1f} s: "
+          f"x{cold / warm:.0f}; logits within {worst:.1e} of the cold ones, same top: {same}")  # fmt: skip
+    if not (worst <= 2e-2 and same):
+        raise SystemExit("a warm question differs from a cold one")
+    report.add(what="questions", kind=kind, layers=LAYERS, look_s=looked, first_s=first, first_total_s=total,
+               second_s=warm, cold_s=cold, tokens=new, prompt=all_of, error=worst, same_top=same)  # fmt: skip
+
+
 def main(kinds: list[str], rounds: int) -> None:
     report = Report("vega3d")
     fusion(report)
     for kind in kinds:
+        questions(report, kind)
         tower(report, kind, rounds)
     print("written:", report.save())
