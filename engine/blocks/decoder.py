@@ -19,7 +19,7 @@ class DecoderLayer:
     """Weights of one layer: x += o_proj(attention(qkv(rms(x)))); x += down(act(gate(rms(x))) * up(rms(x))).
 
     norm1, norm2: None where they are folded into the products behind them, or are a modulation. A layer of which
-    nothing but keys and values is read has no other matrices, and no queries in qkv.
+    nothing but keys and values is read has no other matrices, and mostly no queries in qkv.
     """
 
     qkv: PackedMatrix
@@ -79,8 +79,9 @@ def decoder_layer(
     if w.o_proj is None:
         kv = cache.kv_heads * cache.d
         k, v = (b.qkv.columns(heads * cache.d + i * kv, kv) for i in range(2))
-        gemm(b.x, w.qkv, b.qkv.columns(heads * cache.d, 2 * kv), prologue="rms", norm=w.norm1, eps=eps,
-             bias=w.qkv_bias, rows=rows, ws=b.ws, label=f"{label}.kv")  # fmt: skip
+        out = b.qkv if w.qkv.n == b.qkv.shape[1] else b.qkv.columns(heads * cache.d, 2 * kv)
+        gemm(b.x, w.qkv, out, prologue="rms", norm=w.norm1, eps=eps, bias=w.qkv_bias, rows=rows, ws=b.ws,
+             label=f"{label}.kv")  # fmt: skip
         attention(None, k, v, cache, pos, None, label=f"{label}.append", **common)
         return
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, decoder_layer
+from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, DecoderLayer, decoder_layer
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.blocks.lru import Lru
 from engine.blocks.prefix import KVStore
@@ -291,31 +291,49 @@ class Vega3D(LanguageModel):
     # ------------------------------------------------------------------------------------------ the plans
     def _capture(self) -> None:
         io, one = self.io, self._b.first(1)
-        score = io.score_logits.shape[0]
+        scored = self._b.first(io.score_logits.shape[0])
+        last = replace(one, x=self._last)
 
         def decode() -> None:
             gather(self.weights.language.embed, io.sampler.token, one.x, label="embed")
-            self._layers(one, None)
+            self._layers(one)
+            self._final(one)
             self._head(one.x, io.logits)
             sample(io.logits, io.sampler)
 
         def prefill() -> None:
             gather(self.weights.language.embed, io.ids, self._b.x, rows=io.rows, label="embed")
             self._layers(self._b, io.rows)
+            self._append(self._b, io.rows)
+
+        def position() -> None:
+            """What the last layer makes of the last position: nobody reads the others'."""
+            gather(self._b.x, io.last, self._last, label="last row")
+            self._final(last)
 
         def head() -> None:
-            gather(self._b.x, io.last, self._last, label="last row")
+            position()
             self._head(self._last, io.logits)
+
+        def score() -> None:
+            self._final(scored, io.rows)
+            self._head(scored.x, io.score_logits, io.rows)
 
         steps: dict[str, Callable[[], None]] = {
             "look": self._eyes.look, "fuse": partial(self._fuse, False), "decode": decode, "prefill": prefill,
-            "head": head, "draw": lambda: sample(io.logits, io.sampler),
-            "score": lambda: self._head(self._b.first(score).x, io.score_logits, io.rows),
+            "head": head, "draw": lambda: sample(io.logits, io.sampler), "score": score,
         }  # fmt: skip
         if isinstance(self.config, SceneConfig) and self.config.coded:
             steps["fuse_code"] = partial(self._fuse, True)
-        if self.ground is not None:
-            steps |= {"query": partial(self._query, self.ground), **self.ground.steps()}
+        if (ground := self.ground) is not None:
+
+            def query() -> None:
+                position()
+                norm(self._last, ground.hidden, kind="rms", weight=self.weights.language.norm,
+                     eps=self.config.language.eps, label="norm")  # fmt: skip
+                ground.query()
+
+            steps |= {"query": query, **ground.steps()}
         for name, step in steps.items():
             self.plans[name] = capture(step, name)
 
@@ -329,22 +347,33 @@ class Vega3D(LanguageModel):
                    period=c.grid[1] if lines else 0, order=self._order, gates=self._gates,
                    label="fusion")  # fmt: skip
 
-    def _layers(self, b: DecoderBuffers, rows: Tensor | None) -> None:
+    def _layer(self, i: int, w: DecoderLayer, b: DecoderBuffers, rows: Tensor | None) -> None:
         c = self.config.language
-        for i, layer in enumerate(self.weights.language.layers):
-            decoder_layer(layer, b, self._caches[i], self.io.sampler.pos, heads=c.heads, eps=c.eps, rope=self._rope,
-                          rows=rows, label=str(i))  # fmt: skip
+        decoder_layer(w, b, self._caches[i], self.io.sampler.pos, heads=c.heads, eps=c.eps, rope=self._rope, rows=rows,
+                      label=str(i))  # fmt: skip
+
+    def _layers(self, b: DecoderBuffers, rows: Tensor | None = None) -> None:
+        """All but the last."""
+        for i, layer in enumerate(self.weights.language.layers[:-1]):
+            self._layer(i, layer, b, rows)
+
+    def _append(self, b: DecoderBuffers, rows: Tensor | None) -> None:
+        """Keys and values of the last layer: more is wanted of few positions."""
+        c, w = self.config.language, self.weights.language.layers[-1]
+        q, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
+        assert w.qkv_bias is not None
+        apart = q % 16 == 0  # rows are packed in sixteens
+        matrix, bias = (w.qkv.part(q, kv), w.qkv_bias.slice(q, (kv,))) if apart else (w.qkv, w.qkv_bias)
+        only = DecoderLayer(matrix, None, None, None, w.norm1, qkv_bias=bias)
+        self._layer(c.layers - 1, only, b, rows)
+
+    def _final(self, b: DecoderBuffers, rows: Tensor | None = None) -> None:
+        """The last layer, whose keys and values of these rows are there already, or come with them."""
+        self._layer(self.config.language.layers - 1, self.weights.language.layers[-1], b, rows)
 
     def _head(self, x: Tensor, logits: Tensor, rows: Tensor | None = None) -> None:
         w = self.weights.language
         gemm(x, w.lm_head, logits, norm=w.norm, eps=self.config.language.eps, rows=rows, ws=self._ws, label="lm_head")
-
-    def _query(self, ground: Grounder) -> None:
-        """The last position's hidden state through the query's head."""
-        gather(self._b.x, self.io.last, self._last, label="last row")
-        norm(self._last, ground.hidden, kind="rms", weight=self.weights.language.norm, eps=self.config.language.eps,
-             label="norm")  # fmt: skip
-        ground.query()
 
     @property
     def node_budget(self) -> int:
@@ -571,6 +600,7 @@ class Vega3D(LanguageModel):
             self._enter(prompt)
             self._cache.rewind(prompt)
             self._prefill(list(prompt))
+            self._set(self.io.sampler.pos, len(prompt) - 1)
             self.plans["query"].replay()
             return self.ground.scores(self.plans, objects)
 
