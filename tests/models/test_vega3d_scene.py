@@ -14,6 +14,7 @@ from engine.models.vega3d import reference
 from engine.models.vega3d.config import BLENDS
 from engine.models.vega3d.model import Vega3D
 from engine.models.vega3d.scene import TASKS
+from engine.runtime import cuda
 
 LIMIT = 5e-6  # of the largest value, behind both towers
 BOXES = np.array([[0.5, 0.2, 1.5, 1.5, 1.5, 2.0], [-1.0, 0.5, 1.2, 0.8, 1.0, 1.0], [2.9, 2.9, 2.9, 0.1, 0.1, 0.1],
@@ -319,6 +320,10 @@ def test_plan_sketch_and_close(model):
                  "num_hidden_layers": 28, "vocab_size": 151649, "rope_theta": 1e6}  # fmt: skip
     parts = Vega3D.plan(published, dtype="bf16")
     assert 17e9 < parts["weights"] < 19.5e9 and sum(parts.values()) < 24e9
+    with pytest.raises(InputError, match="no option 'snapshots'"):
+        Vega3D.plan(published, snapshots=1)
+    with cuda.use(cuda.Recorder()):  # a card of 24 GB, four frames in a pass
+        assert sum(Vega3D.plan(published, device="cuda", dtype="bf16").values()) < 24e9
     m = random_model()
     scene = m.scene(pictures())
     m.close()

@@ -53,7 +53,7 @@ from engine.ops.sample import sample
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
-from engine.runtime.model import bounded
+from engine.runtime.model import bounded, keywords
 from engine.runtime.plan import capture
 
 ANSWER_ROOM = 1024  # tokens of question and answer behind a scene, by default
@@ -214,7 +214,9 @@ class Vega3D(LanguageModel):
     @classmethod
     def sketch(cls, config: dict, *, frame_size: tuple[int, int] | None = None, **options: Any) -> Vega3D:
         """The model of a config.json without memory: every buffer is laid out and every plan recorded, none can run."""
-        c = VegaConfig.from_json(config, frame_size=frame_size)
+        c, known = VegaConfig.from_json(config, frame_size=frame_size), keywords(Options.of)
+        if unknown := sorted(set(options) - known):
+            raise InputError(f"VEGA-3D has no option {unknown[0]!r}; a plan takes {', '.join(sorted(known))}")
         return cls(c, None, Options.of(c, **options), progress=False)
 
     @classmethod
