@@ -22,8 +22,8 @@ SEED, CASES = 0, 12
 
 
 @dataclass(frozen=True)
-class GeneratorCase:
-    """A random generator and what diffusers computes from it in fp32; names and shapes of `io` in the script."""
+class PeerCase:
+    """A random part of a model and what a peer computes from it in fp32; names and shapes of `io` in the script."""
 
     folder: Path
     about: dict
@@ -35,39 +35,24 @@ class GeneratorCase:
         return next(t for t in range(1001) if noise_level(t)[0] == self.about["timestep"])
 
 
-@dataclass(frozen=True)
-class LanguageCase:
-    """A random SigLIP tower and Qwen2 model and what transformers computes from them in fp32."""
-
-    folder: Path
-    about: dict
-    io: dict[str, np.ndarray]
-
-    @property
-    def config(self) -> dict:
-        """Keys of a VEGA-3D config.json; the last layer of the tower is left out."""
-        v = self.about["vision"]
-        return self.about["text"] | {"vision_config": v | {"num_hidden_layers": v["num_hidden_layers"] - 1}}
-
-
-@functools.cache
-def language_cases() -> list[LanguageCase]:
-    """In order."""
+def _cases(folder: Path, kind: str) -> list[PeerCase]:
     cases = []
-    for path in sorted(made_once("vega-language", LANGUAGE_SCRIPT, "transformers", SEED, CASES).glob("model-*")):
+    for path in sorted(folder.glob(f"{kind}-*")):
         about = json.loads((path / "config.json").read_text())
-        cases.append(LanguageCase(path, about, load_file(path / "peer.safetensors")))
+        cases.append(PeerCase(path, about, load_file(path / "peer.safetensors")))
     return cases
 
 
 @functools.cache
-def qwen_cases() -> list[GeneratorCase]:
+def language_cases() -> list[PeerCase]:
+    """Random SigLIP towers and Qwen2 models, in order."""
+    return _cases(made_once("vega-language", LANGUAGE_SCRIPT, "transformers", SEED, CASES), "model")
+
+
+@functools.cache
+def qwen_cases() -> list[PeerCase]:
     """Random Qwen2.5-VL models, in order."""
-    cases = []
-    for path in sorted(made_once("vega-qwen", QWEN_SCRIPT, "transformers", SEED, CASES).glob("qwen-*")):
-        about = json.loads((path / "config.json").read_text())
-        cases.append(GeneratorCase(path, about, load_file(path / "peer.safetensors")))
-    return cases
+    return _cases(made_once("vega-qwen", QWEN_SCRIPT, "transformers", SEED, CASES), "qwen")
 
 
 @functools.cache
@@ -77,16 +62,12 @@ def made() -> Path:
 
 
 @functools.cache
-def generator_cases(kind: str = "generator") -> list[GeneratorCase]:
+def generator_cases(kind: str = "generator") -> list[PeerCase]:
     """In order; `prompt`: with a text of several tokens."""
-    cases = []
-    for path in sorted(made().glob(f"{kind}-*")):
-        about = json.loads((path / "config.json").read_text())
-        cases.append(GeneratorCase(path, about, load_file(path / "peer.safetensors")))
-    return cases
+    return _cases(made(), kind)
 
 
-def as_folder(case: GeneratorCase, to: Path) -> Path:
+def as_folder(case: PeerCase, to: Path) -> Path:
     """The case in diffusers' layout, with its prompt."""
     for part, file in (("transformer", "transformer"), ("vae", "vae")):
         (to / part).mkdir(parents=True)

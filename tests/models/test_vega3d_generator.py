@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from _peer_vega import CASES, GeneratorCase, as_folder, generator_cases, made
+from _peer_vega import CASES, PeerCase, as_folder, generator_cases, made
 from safetensors.numpy import load_file, save_file
 
 import engine
@@ -42,7 +42,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def weights(case: GeneratorCase, dtype: torch.dtype = torch.float32):
+def weights(case: PeerCase, dtype: torch.dtype = torch.float32):
     """(VAE, transformer) under original names, as torch tensors."""
     out = []
     for file, view, shapes, config in (
@@ -54,7 +54,7 @@ def weights(case: GeneratorCase, dtype: torch.dtype = torch.float32):
     return out
 
 
-def loaded(case: GeneratorCase, folder, **options) -> GeneratorFeatures:
+def loaded(case: PeerCase, folder, **options) -> GeneratorFeatures:
     """The engine on the case, with the transformer's own grid unless told otherwise."""
     height, width = case.io["images"].shape[2:]
     given = {"dtype": "fp32", "grid": None, "size": (width, height), "timestep": case.target,
@@ -62,7 +62,7 @@ def loaded(case: GeneratorCase, folder, **options) -> GeneratorFeatures:
     return GeneratorFeatures.load(folder, **given)
 
 
-def noise_for(case: GeneratorCase, vae: VaeConfig) -> np.ndarray:
+def noise_for(case: PeerCase, vae: VaeConfig) -> np.ndarray:
     """The noise that leads from the images' latents to the case's."""
     _, alpha, sigma = noise_level(case.target)
     mean, std = (np.float64(v).reshape(1, -1, 1, 1) for v in (vae.mean, vae.std))
@@ -154,7 +154,7 @@ def test_the_text_encoder_stands_in_for_a_missing_prompt(case, folder, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def case() -> GeneratorCase:
+def case() -> PeerCase:
     """Several frames and blocks, and a grid that pooling divides unevenly."""
     return generator_cases()[10]
 

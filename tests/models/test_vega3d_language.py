@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _peer_vega import CASES, LanguageCase, language_cases
+from _peer_vega import CASES, PeerCase, language_cases
 from _source import Tensors
 from _vega import filled
 from safetensors.numpy import load_file
@@ -19,7 +19,7 @@ LIMIT = 1e-5  # of the largest value
 
 
 @pytest.fixture(params=range(CASES))
-def case(request) -> LanguageCase:
+def case(request) -> PeerCase:
     return language_cases()[request.param]
 
 
@@ -27,15 +27,18 @@ def error(got, want) -> float:
     return float(np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max())
 
 
-def config_of(case: LanguageCase) -> VegaConfig:
-    return VegaConfig.from_json(case.config | {"frames_upbound": 16, "generative_feat_dim": 24})
+def config_of(case: PeerCase) -> VegaConfig:
+    v = case.about["vision"]  # whose last layer is left out
+    eyes = v | {"num_hidden_layers": v["num_hidden_layers"] - 1}
+    more = {"vision_config": eyes, "frames_upbound": 16, "generative_feat_dim": 24}
+    return VegaConfig.from_json(case.about["text"] | more)
 
 
-def weights_of(case: LanguageCase, config: VegaConfig) -> Tensors:
+def weights_of(case: PeerCase, config: VegaConfig) -> Tensors:
     return Tensors(filled(shapes(config), 1).tensors | load_file(case.folder / "model.safetensors"))
 
 
-def model_of(case: LanguageCase, dtype: str = "fp32", quant: str | None = None) -> Vega3D:
+def model_of(case: PeerCase, dtype: str = "fp32", quant: str | None = None) -> Vega3D:
     config = config_of(case)
     frames = 40 // config.lines + 1  # rows for the embeddings of the case
     options = Options.of(config, dtype=dtype, quant=quant, context=256, chunk=16, frames=frames)
