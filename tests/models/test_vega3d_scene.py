@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _vega import geometry, pictures, random_model, scene_weights
+from _vega import geometry, pictures, random_generator, random_model, scene_weights
 
 from engine.blocks.scene import average_coordinates, patches_in_boxes
 from engine.errors import ClosedError, ConfigError, ContextError, InputError
@@ -324,6 +324,10 @@ def test_plan_sketch_and_close(model):
         Vega3D.plan(published, snapshots=1)
     with cuda.use(cuda.Recorder()):  # a card of 24 GB, four frames in a pass
         assert sum(Vega3D.plan(published, device="cuda", dtype="bf16").values()) < 24e9
+    alone = random_generator(grid=(3, 3), max_pixels=22 * 22)
+    with random_model(generator=None) as bare:
+        assert model.memory().total == bare.memory().total + alone.memory().total
+    assert "plan generator.features" in str(model.explain()) and "plan decode" in str(model.explain())
     m = random_model()
     scene = m.scene(pictures())
     m.close()

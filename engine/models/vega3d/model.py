@@ -53,7 +53,7 @@ from engine.ops.sample import sample
 from engine.runtime.arena import Arena, Tensor
 from engine.runtime.device import on, parse_dtype
 from engine.runtime.fit import require
-from engine.runtime.model import bounded, keywords
+from engine.runtime.model import Explanation, MemoryReport, bounded, keywords
 from engine.runtime.plan import capture
 
 ANSWER_ROOM = 1024  # tokens of question and answer behind a scene, by default
@@ -161,6 +161,7 @@ class Vega3D(LanguageModel):
         assert isinstance(config, SceneConfig | SpatialConfig)
         c, o = config, options
         self.config, self.options, self.visual = c, o, o.frames * c.lines
+        self.generator: GeneratorFeatures | None = None
         if tokenizer is not None and tokenizer.vocab_size > c.language.vocab:
             raise ConfigError(
                 f"tokenizer.json has {tokenizer.vocab_size} tokens and the embedding {c.language.vocab} rows; the "
@@ -237,6 +238,21 @@ class Vega3D(LanguageModel):
     def frames(self) -> int:
         """Of a scene."""
         return self.options.frames
+
+    def explain(self) -> Explanation:
+        """With the generator's plans and weights, under `generator.`."""
+        own = super().explain()
+        if self.generator is None:
+            return own
+        other = self.generator.explain()
+        plans = {f"generator.{k}": v for k, v in other.plans.items()}
+        weights = {f"generator.{k}": v for k, v in other.weights.items()}
+        return Explanation(own.device, own.plans | plans, own.weights | weights, own.notes + other.notes)
+
+    def memory(self) -> MemoryReport:
+        """With the generator's."""
+        parts = dict(super().memory().parts)
+        return MemoryReport(parts if self.generator is None else _add(parts, dict(self.generator.memory().parts)))
 
     def close(self) -> None:
         """Also closes the generator. See Model.close."""
@@ -449,10 +465,10 @@ class Vega3D(LanguageModel):
         """Looks at a scene once: towers, fusion and the language model's prefix. Questions then cost their own tokens.
 
         frames: `read_frames` tells what may be given; as many as the model was loaded for are taken by `sampling`, by
-        default evenly. Variant A: depth [F, h, w], intrinsics (of the depth camera), poses [F, 4, 4] (camera to world)
-        and axis_align [4, 4] belong to all F frames given, see `world_coordinates`; pe: 'auto' adds codes of world
-        coordinates where there are any, 'none' does not. features: f32 [T, cells, C] of the taken frames instead of the
-        generator's; noise, seed: see `features`.
+        default evenly (fewer repeat). features: f32 [T, cells, C] of the taken frames instead of the generator's;
+        noise, seed: see `features`. Variant A: depth [F, h, w], intrinsics (of the depth camera), poses [F, 4, 4]
+        (camera to world) and axis_align [4, 4] belong to all F frames given, see `world_coordinates`; pe: 'auto' adds
+        codes of world coordinates where there are any, 'none' does not.
         Raises: InputError before any work; nothing is kept of a scene that failed.
         """
         c = self.config
