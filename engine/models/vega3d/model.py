@@ -405,7 +405,7 @@ class Vega3D(LanguageModel):
         noise: f32 [T, z, h, w], else drawn from seed (default: the checkpoint's). Raises: InputError before any work.
         """
         pixels = frames.pixels if isinstance(frames, Frames) else read_frames(frames).pixels
-        return self._generate(self._eyes.prepare(pixels)[1], noise, seed)
+        return self._generate(self._eyes.prepare(pixels)[1], noise, seed).copy()  # the kept one stays as it is
 
     def _generate(self, pictures: np.ndarray, noise: np.ndarray | None, seed: int | None) -> np.ndarray:
         if self.generator is None:
