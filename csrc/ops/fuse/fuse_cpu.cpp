@@ -1,7 +1,7 @@
 // fuse: a gate per token between two streams, with what follows it, and a gate per head
 // layout   s, g, out, normed row-major f32 or bf16; weights and tables as in fuse.h
 // mapping  gated_fuse: a task is a few pairs of rows, a pair shares every weight it loads; a fused row stays in thread
-//          scratch (L1) until it is written. gate_heads: a task is four rows
+//          scratch (L1) until it is written, codes are added from their tables. gate_heads: a task is four rows
 // moves    s, g and tables once (again from L1), out and normed once, past the caches where rows are aligned
 // tried    README.md
 #include "ops/fuse/fuse.h"
@@ -17,6 +17,15 @@ constexpr int64_t kPairs = 4;  // per task
 constexpr int64_t kHeadRows = 4;
 
 template <bool kHalf> ENGINE_INLINE F16 value(const void* p, int64_t i, int64_t n) {
+#if ENGINE_ISA == ENGINE_ISA_AVX512
+  if (kHalf && n == 16) {
+    // One instruction for two: every half-word to the upper half of a word.
+    const __m512i spread = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4,
+                                            0, 3, 0, 2, 0, 1, 0, 0, 0);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, spread, _mm512_castsi256_si512(half)))};
+  }
+#endif
   return kHalf ? loadn_bf16(static_cast<const uint16_t*>(p) + i, n) : loadn(static_cast<const float*>(p) + i, n);
 }
 
@@ -70,6 +79,7 @@ ENGINE_INLINE void emit(const GatedFuseParams& p, int64_t r, const float* o, flo
   lanes(
       p.d, ENGINE_LANES {
         const F16 v = loadn(o + i, n);
+        ahead(i);
         put<kHalf>(out, i, v, n, past);
         put<kHalf>(normed, i, mul(mul(v, scale), loadn(p.norm_w + i, n)), n, past_too);
       });
@@ -79,6 +89,44 @@ template <class Ahead>
 ENGINE_INLINE void emit_as(const GatedFuseParams& p, int64_t r, const float* o, float squares, Ahead&& ahead) {
   p.out_dtype == kBF16 ? emit<true>(p, r, o, squares, ahead) : emit<false>(p, r, o, squares, ahead);
 }
+
+// The position code of a row: pieces of three tables, side by side, then zeros.
+template <int kTable> struct Code {
+  const char* now;  // where channel 0 would be, were all channels in the table of the present ones
+  int64_t end;      // of those
+  const char* tables[3];
+  int64_t third;
+
+  __attribute__((always_inline)) void begin(const GatedFuseParams& p, int64_t row) {
+    constexpr int64_t kSize = kTable == kBF16 ? 2 : 4;
+    const int32_t* voxel = p.voxels + row * 3;
+    const void* all[3] = {p.px, p.py, p.pz};
+    third = p.d / 3;
+    for (int64_t a = 0; a < 3; ++a) tables[a] = static_cast<const char*>(all[a]) + (voxel[a] - a) * third * kSize;
+    now = tables[0];
+    end = third;
+  }
+
+  // Channels [i, i + n), asked for in order.
+  __attribute__((always_inline)) F16 at(int64_t i, int64_t n) {
+    if (i + n <= end) [[likely]]
+      return value<kTable == kBF16>(now, i, n);
+    return across(i, n);
+  }
+
+  __attribute__((noinline)) F16 across(int64_t i, int64_t n) {
+    float out[16] = {};
+    for (int64_t j = i; j < imin(i + n, 3 * third); ++j) {
+      float one[16];
+      store(one, value<kTable == kBF16>(tables[j / third], j, 1));
+      out[j - i] = one[0];
+    }
+    const int64_t a = imin((i + n) / third, 2);
+    now = tables[a];
+    end = (a + 1) * third;
+    return loadn(out, 16);
+  }
+};
 
 struct Moments {
   float mean, scale, dot;  // scale: reciprocal deviation
@@ -142,22 +190,12 @@ template <bool kHalf, int kTable> void fuse_pair(const GatedFuseParams& p, int64
     scale1[r] = set1(w * x.scale);
     scale2[r] = set1((1.f - w) * y.scale);
   }
-  // The three codes side by side, so that everything else is read where it is aligned.
-  char* codes = reinterpret_cast<char*>(o + kPair * round_up(d, 16));
-  constexpr int64_t kCode = kTable == kBF16 ? 2 : 4;
-  const int64_t third = d / 3, pitch = round_up(d, 16) * kCode;
+  Code<kTable> codes[kPair];
   if (kTable >= 0)
-    for (int64_t r = 0; r < kPair; ++r) {
-      const int32_t* voxel = p.voxels + imin(r0 + r, last) * 3;
-      char* to = codes + r * pitch;
-      const void* tables[3] = {p.px, p.py, p.pz};
-      for (int a = 0; a < 3; ++a, to += third * kCode)
-        memcpy(to, static_cast<const char*>(tables[a]) + voxel[a] * third * kCode, size_t(third * kCode));
-      memset(to, 0, size_t((d - 3 * third) * kCode));
-    }
+    for (int64_t r = 0; r < kPair; ++r) codes[r].begin(p, imin(r0 + r, last));
   // By value: sums that live in memory would wait for every store of the loop.
   const auto finish = [&](int r, int64_t i, int64_t n, F16 v, F16 sum) __attribute__((always_inline)) {
-    if (kTable >= 0) v = add(v, value<kTable == kBF16>(codes + r * pitch, i, n));
+    if (kTable >= 0) v = add(v, codes[r].at(i, n));
     if (n < 16) v = first_lanes(v, n);
     storen(o + r * d + i, v, n);
     return fma(v, v, sum);
@@ -166,11 +204,12 @@ template <bool kHalf, int kTable> void fuse_pair(const GatedFuseParams& p, int64
   if (p.blend == kFuseNormed) {
     lanes(
         d, ENGINE_LANES {
-          const F16 w1 = loadn(p.w1 + i, n), w2 = loadn(p.w2 + i, n), b1 = loadn(p.b1 + i, n), b2 = loadn(p.b2 + i, n);
+          const F16 w1 = loadn(p.w1 + i, n), w2 = loadn(p.w2 + i, n), b2 = loadn(p.b2 + i, n);
+          const F16 between = sub(loadn(p.b1 + i, n), b2);  // once for both rows
           const auto blend = [&](int r) __attribute__((always_inline)) {
             const F16 a = mul(sub(value<kHalf>(s[r], i, n), m1[r]), scale1[r]),
                       b = mul(sub(value<kHalf>(g[r], i, n), m2[r]), scale2[r]);
-            return fma(a, w1, fma(b, w2, fma(gate[r], b1, mul(rest[r], b2))));
+            return fma(a, w1, fma(b, w2, fma(gate[r], between, b2)));
           };
           q0 = finish(0, i, n, blend(0), q0);
           q1 = finish(1, i, n, blend(1), q1);
