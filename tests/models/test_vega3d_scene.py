@@ -142,6 +142,18 @@ def test_grounding(per_pass):
         assert np.abs(many.scores - np.tile(want[:-1], 20)).max() < LIMIT
 
 
+@pytest.mark.parametrize("pe", ["auto", "none"])
+def test_grounding_of_what_was_seen_without_places(pe):
+    """The same pictures again, now with places: what is kept of them has to serve boxes, too."""
+    with random_model(config={"world_position_embedding_type": "none" if pe == "auto" else "avg-discrete-sin3d"}) as m:
+        plain = m.scene(pictures())
+        placed = m.scene(pictures(), **geometry(), pe=pe)
+        assert np.array_equal(plain.seen.rows, placed.seen.rows)
+        scores = placed.ground("the red cube.", BOXES).scores
+    with random_model(config={"world_position_embedding_type": "none"}) as m:
+        assert np.array_equal(m.scene(pictures(), **geometry()).ground("the red cube.", BOXES).scores, scores)
+
+
 def test_ground_multi(model):
     scene = model.scene(pictures(), **geometry())
     p = model._scores(scene, scene.prompt(TASKS["multi3drefer"].format(description="All."), ground=True), BOXES)

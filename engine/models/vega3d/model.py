@@ -494,9 +494,9 @@ class Vega3D(LanguageModel):
                 notes.append("no codes of world coordinates: this model was trained with them")
         key = _digest("scene", pictures, np.ascontiguousarray(given), b"" if voxels is None else voxels)
         with self._use():
-            seen = self._seen.get(key)
-            if seen is None:
-                seen = self._see(pictures, given, voxels, coords is not None and self.ground is not None)
+            seen, keep = self._seen.get(key), coords is not None and self.ground is not None
+            if seen is None or (keep and not seen.tokens):  # what was seen without places has nothing for boxes
+                seen = self._see(pictures, given, voxels, keep)
                 self._seen.put(key, seen, seen.nbytes)
             out = Scene(self, key, taken, pictures, coords, voxels is not None, seen, notes)
             prefix = out.prompt()
