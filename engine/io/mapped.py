@@ -1,9 +1,9 @@
-"""Renamed view of a `Source`: name rules, and slices of stacked tensors under names of their own."""
+"""Views of a `Source`: tensors under other names, slices of stacked ones, and rows of several as one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -112,6 +112,70 @@ class MappedSource:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Joined:
+    """A `Source` in which some tensors are rows of others, one group behind the other.
+
+    Args:
+        source: the tensors.
+        parts: name to (stored name, first row, row behind the last); stored names that occur here are hidden, and a
+            name may be that of one of its own parts.
+
+    Reading such a tensor copies it.
+
+    Raises:
+        CheckpointError: a part is missing or has too few rows, or parts differ in dtype or in what follows the rows.
+    """
+
+    def __init__(self, source: Source, parts: Mapping[str, Sequence[tuple[str, int, int]]]):
+        self.source, self._parts = source, {name: tuple(rows) for name, rows in parts.items()}
+        used = {stored for rows in self._parts.values() for stored, _, _ in rows}
+        self._plain = [key for key in source.keys() if key not in used and key not in self._parts]  # noqa: SIM118
+        self._infos = {name: self._joined(name) for name in self._parts}
+
+    def _joined(self, name: str) -> TensorInfo:
+        infos = [self.source.info(stored) for stored, _, _ in self._parts[name]]
+        rows = 0
+        for info, (stored, first, last) in zip(infos, self._parts[name]):
+            alike = (info.dtype, info.shape[1:]) == (infos[0].dtype, infos[0].shape[1:])
+            if not alike or not info.shape or info.shape[0] < last:
+                raise CheckpointError(
+                    f"tensor {stored!r} is {info.dtype} {list(info.shape)}: its rows {first} to {last} do not fit into "
+                    f"{name!r}"
+                )
+            rows += last - first
+        nbytes = sum(i.nbytes // i.shape[0] * (last - first) for i, (_, first, last) in zip(infos, self._parts[name]))
+        return TensorInfo(name, infos[0].dtype, (rows, *infos[0].shape[1:]), nbytes)
+
+    def keys(self) -> list[str]:
+        """Every name, sorted."""
+        return sorted([*self._plain, *self._parts])
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and bytes."""
+        if name in self._infos:
+            return self._infos[name]
+        if name not in self._plain:
+            raise missing(name, self.keys(), "this checkpoint")
+        return self.source.info(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """Read-only array (see `Source.read`); a copy where it is joined."""
+        if name not in self._parts:
+            return self.source.read(self.info(name).name)
+        out = np.concatenate([self.source.read(stored)[first:last] for stored, first, last in self._parts[name]])
+        out.flags.writeable = False
+        return out
+
+    def release(self, name: str) -> None:
+        """Hint that the pages of the tensor, or of all that it is joined from, may be dropped."""
+        for stored in {stored for stored, _, _ in self._parts[name]} if name in self._parts else (name,):
+            self.source.release(stored)
+
+    def close(self) -> None:
+        """Close the wrapped source."""
+        self.source.close()
 
 
 def _rename(name: str, rules: Sequence[Rule]) -> str | None:

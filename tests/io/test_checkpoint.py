@@ -21,6 +21,7 @@ from engine.io.checkpoint import (
     f32_to_bf16,
     save,
 )
+from engine.io.mapped import Joined
 
 
 def some(shape, dtype="F32", seed=0):
@@ -249,6 +250,30 @@ def test_a_fused_tensor_beside_a_single_expert_is_a_collision(tmp_path):
     save(tmp_path, {"experts.up_proj": ("F32", some((2, 3))), "experts.1.up_proj.weight": ("F32", some((3,)))})
     with pytest.raises(CheckpointError, match="both give"):
         MappedSource(Checkpoint(tmp_path), [], STACKS)
+
+
+def test_joined_rows(tmp_path):
+    """Fused from parts, and halves that change places; what it is made of is hidden."""
+    q, k, both = some((2, 3)), some((4, 3), seed=1), some((4,), seed=2)
+    save(tmp_path, {"q": ("F32", q), "k": ("F32", k), "both": ("F32", both), "plain": ("F32", both)})
+    parts = {"qk": [("q", 0, 2), ("k", 1, 4)], "both": [("both", 2, 4), ("both", 0, 2)]}
+    with Checkpoint(tmp_path) as file:
+        source = Joined(file, parts)
+        assert source.keys() == ["both", "plain", "qk"]
+        info = source.info("qk")
+        assert (info.shape, info.dtype, info.nbytes) == ((5, 3), "F32", 60)
+        np.testing.assert_array_equal(source.read("qk"), np.concatenate([q, k[1:]]))
+        np.testing.assert_array_equal(source.read("both"), np.concatenate([both[2:], both[:2]]))
+        np.testing.assert_array_equal(source.read("plain"), both)
+        assert not source.read("qk").flags.writeable
+        source.release("qk")
+        expect(source, {"both": (4,), "plain": (4,), "qk": (5, 3)})
+        for name in ("q", "absent"):
+            with pytest.raises(CheckpointError, match=name):
+                source.read(name)
+        for rows in ([("q", 0, 3)], [("q", 0, 2), ("both", 0, 2)], [("absent", 0, 1)]):
+            with pytest.raises(CheckpointError, match=rows[-1][0]):
+                Joined(file, {"x": rows})
 
 
 def test_expect_names_what_does_not_fit(tmp_path):

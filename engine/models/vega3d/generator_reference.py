@@ -11,20 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.blocks.diffusion import time_sinusoid
+from engine.blocks.diffusion_reference import channel_rms, turn
 from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
-from engine.models.vega3d.schedule import time_sinusoid
 
 Weights = Mapping[str, Tensor]
-RMS_FLOOR = 1e-12  # of a vector's length
 
 
 # ------------------------------------------------------------------------------------------------------ VAE
-def vae_rms(x: Tensor, gamma: Tensor) -> Tensor:
-    """x [N, C, ...] / max(|x|, 1e-12) * sqrt(C) * gamma, over channels."""
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    return F.normalize(x, dim=1, eps=RMS_FLOOR) * x.shape[1] ** 0.5 * gamma.reshape(shape)
-
-
 def vae_conv(w: Weights, name: str, x: Tensor, padding: int = 1) -> Tensor:
     """A causal convolution on one frame: the last tap in time is all that meets it."""
     weight = w[f"{name}.weight"]
@@ -32,15 +26,15 @@ def vae_conv(w: Weights, name: str, x: Tensor, padding: int = 1) -> Tensor:
 
 
 def vae_block(w: Weights, name: str, x: Tensor) -> Tensor:
-    h = vae_conv(w, f"{name}.residual.2", F.silu(vae_rms(x, w[f"{name}.residual.0.gamma"])))
-    h = vae_conv(w, f"{name}.residual.6", F.silu(vae_rms(h, w[f"{name}.residual.3.gamma"])))
+    h = vae_conv(w, f"{name}.residual.2", F.silu(channel_rms(x, w[f"{name}.residual.0.gamma"])))
+    h = vae_conv(w, f"{name}.residual.6", F.silu(channel_rms(h, w[f"{name}.residual.3.gamma"])))
     return h + (vae_conv(w, f"{name}.shortcut", x, 0) if f"{name}.shortcut.weight" in w else x)
 
 
 def vae_attention(w: Weights, name: str, x: Tensor) -> Tensor:
     n, c, height, width = x.shape
     weight, bias = w[f"{name}.to_qkv.weight"].reshape(3 * c, c), w[f"{name}.to_qkv.bias"]
-    tokens = vae_rms(x, w[f"{name}.norm.gamma"]).flatten(2).transpose(1, 2)
+    tokens = channel_rms(x, w[f"{name}.norm.gamma"]).flatten(2).transpose(1, 2)
     q, k, v = F.linear(tokens, weight, bias).chunk(3, -1)
     out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     out = F.linear(out, w[f"{name}.proj.weight"].reshape(c, c), w[f"{name}.proj.bias"])
@@ -68,7 +62,7 @@ def vae_encode(w: Weights, c: VaeConfig, x: Tensor) -> Tensor:
     x = vae_block(w, "encoder.middle.0", x)
     x = vae_attention(w, "encoder.middle.1", x)
     x = vae_block(w, "encoder.middle.2", x)
-    x = vae_conv(w, "encoder.head.2", F.silu(vae_rms(x, w["encoder.head.0.gamma"])))
+    x = vae_conv(w, "encoder.head.2", F.silu(channel_rms(x, w["encoder.head.0.gamma"])))
     mu = vae_conv(w, "conv1", x, 0)[:, : c.z]
     mean, std = (torch.tensor(v, dtype=x.dtype).reshape(1, -1, 1, 1) for v in (c.mean, c.std))
     return (mu - mean) / std
@@ -106,13 +100,6 @@ def rotations(c: DitConfig, frames: int, rows: int, columns: int) -> Tensor:
     parts = [at[:, i : i + 1] * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
              for i, n in enumerate((half - 2 * axis, axis, axis))]  # fmt: skip
     return torch.cat(parts, -1)
-
-
-def turn(x: Tensor, angles: Tensor) -> Tensor:
-    """Heads x [..., L, head_dim] by angles [L, head_dim / 2]: neighbours are pairs."""
-    a, b = x[..., 0::2], x[..., 1::2]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def attention(w: Weights, c: DitConfig, name: str, x: Tensor, to: Tensor, angles: Tensor | None = None) -> Tensor:

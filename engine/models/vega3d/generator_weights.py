@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.blocks.diffusion import time_sinusoid
 from engine.blocks.weights import Packer, Recipe
 from engine.errors import CheckpointError
 from engine.io.checkpoint import MappedSource, Source, expect
 from engine.io.mapped import Rule
 from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
-from engine.models.vega3d.schedule import noise_level, rotation_angles, time_sinusoid
+from engine.models.vega3d.schedule import noise_level, rotation_angles
 from engine.ops.attention import KVCache, Pads
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor

@@ -24,13 +24,6 @@ def noise_level(target: int, shift: float = 5.0) -> tuple[int, float, float]:
     return int(steps[at]), 1 - sigma, sigma
 
 
-def time_sinusoid(timestep: float, width: int) -> np.ndarray:
-    """f64 [width]: cosines, then sines, of timestep * 10000^(-2i / width)."""
-    half = width // 2
-    angle = timestep * 10000.0 ** (-np.arange(half) / half)
-    return np.concatenate([np.cos(angle), np.sin(angle)])
-
-
 def rotation_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
     """f64 [rows * columns, head_dim / 2]: angle of each pair of channels at each cell of one frame, row by row.
 

@@ -1,0 +1,226 @@
+"""3DreamBooth in plain torch, as released: what the plans must give (arXiv 2603.18524; HunyuanVideo-1.5, 2025).
+
+Weights are mappings of tensors under the official names; everything is differentiable. Padding, which the released
+model masks, is never computed. One row at a time: guidance's two branches have texts of different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.blocks.diffusion import time_sinusoid
+from engine.blocks.diffusion_reference import turn
+from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.schedule import noise_levels, rotation_angles
+from engine.models.dreambooth3d.weights import EMBED
+
+Weights = Mapping[str, Tensor]
+GLYPH_EPS = 1e-5  # of the norm in front of ByT5's states
+TEXT, GLYPH, VISION = range(3)  # rows of cond_type_embedding
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank changes by module, `{module}.lora_A.weight` and `lora_B.weight`, times 1 whatever their files say.
+
+    subject: on video tokens, and on text tokens as `text` tells: 'off' (as released: its mask misses every token),
+    'all', or a mask bool [n] of the text's tokens. views: on reference tokens.
+    """
+
+    subject: Weights | None = None
+    views: Weights | None = None
+    text: str | Tensor = "off"
+
+    def share(self, count: int) -> Tensor | None:
+        """[count, 1] of the subject's change at each text token; None: nowhere."""
+        if isinstance(self.text, Tensor):
+            return self.text[:, None].float()
+        return torch.ones(count, 1) if self.text == "all" else None
+
+
+def linear(w: Weights, name: str, x: Tensor, adapter: Weights | None = None, share: Tensor | float = 1.0) -> Tensor:
+    """x [..., K] through a product and, where there is one, the adapter's change of it, times `share`."""
+    out = F.linear(x, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
+    if adapter is None or f"{name}.lora_A.weight" not in adapter:
+        return out
+    a, b = (adapter[f"{name}.lora_{m}.weight"].flatten(1) for m in "AB")
+    return out + share * F.linear(F.linear(x, a), b)
+
+
+def merged(w: Weights, adapter: Weights) -> dict[str, Tensor]:
+    """Weights with an adapter in them: W + B A."""
+    out = dict(w)
+    for key in adapter:
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            a, b = (adapter[f"{name}.lora_{m}.weight"].flatten(1) for m in "AB")
+            out[f"{name}.weight"] = w[f"{name}.weight"] + (b @ a).reshape(w[f"{name}.weight"].shape)
+    return out
+
+
+def norm(x: Tensor, eps: float, w: Weights | None = None, name: str = "") -> Tensor:
+    """Layer norm, with a weight and a bias where a name is given."""
+    weight, bias = (None, None) if w is None else (w[f"{name}.weight"], w[f"{name}.bias"])
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def embedded_time(w: Weights, name: str, c: DitConfig, timestep: float) -> Tensor:
+    """[D] of a timestep in [0, 1000], not rounded."""
+    s = torch.from_numpy(time_sinusoid(timestep, c.freq_dim)).to(w[f"{name}.mlp.0.weight"].dtype)
+    return linear(w, f"{name}.mlp.2", F.silu(linear(w, f"{name}.mlp.0", s)))
+
+
+# ------------------------------------------------------------------------------------------------------ text
+def text_tokens(
+    w: Weights, c: DitConfig, states: Tensor, timestep: float, glyphs: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """[n, D] of the language model's states [n, text_dim] of a prompt's tokens, behind those of quoted texts' glyphs
+    [m, glyph_dim]."""
+    p = "txt_in"
+    pooled = linear(w, f"{p}.c_embedder.linear_1", states.mean(0))
+    vec = F.silu(
+        embedded_time(w, f"{p}.t_embedder", c, timestep) + linear(w, f"{p}.c_embedder.linear_2", F.silu(pooled))
+    )
+    x = linear(w, f"{p}.input_embedder", states)
+    for i in range(c.refiner_layers):
+        b = f"{p}.individual_token_refiner.blocks.{i}"
+        g1, g2 = linear(w, f"{b}.adaLN_modulation.1", vec).chunk(2)
+        q, k, v = (heads(t, c) for t in linear(w, f"{b}.self_attn_qkv", norm(x, c.eps, w, f"{b}.norm1")).chunk(3, -1))
+        x = x + g1 * linear(w, f"{b}.self_attn_proj", attend(q, k, v))
+        h = F.silu(linear(w, f"{b}.mlp.fc1", norm(x, c.eps, w, f"{b}.norm2")))
+        x = x + g2 * linear(w, f"{b}.mlp.fc2", h)
+    x = x + w["cond_type_embedding.weight"][TEXT]
+    if glyphs is None:
+        return x
+    h = norm(glyphs, GLYPH_EPS, w, "byt5_in.layernorm")
+    for name in ("fc1", "fc2"):
+        h = F.gelu(linear(w, f"byt5_in.{name}", h))
+    return torch.cat([linear(w, "byt5_in.fc3", h) + w["cond_type_embedding.weight"][GLYPH], x])
+
+
+# ------------------------------------------------------------------------------------------------------ blocks
+def heads(x: Tensor, c: DitConfig) -> Tensor:
+    """[L, D] to [heads, L, head_dim]."""
+    return x.unflatten(-1, (c.heads, c.head_dim)).transpose(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[L, D] of heads [heads, L, head_dim]: every token sees every token."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens with weights and modulations of their own. kind: img or txt; vec [D]; angles of the tokens [L, pairs]."""
+
+    x: Tensor
+    kind: str
+    vec: Tensor
+    angles: Tensor | None = None
+    adapter: Weights | None = None
+    share: Tensor | float = 1.0
+
+    def product(self, w: Weights, block: str, name: str, x: Tensor) -> Tensor:
+        return linear(w, f"{block}.{self.kind}_{name}", x, self.adapter, self.share)
+
+
+def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream]) -> list[Stream]:
+    """The streams behind a block: attention over all of their tokens together, everything else for itself."""
+    mods, parts = [], []
+    for s in streams:
+        mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6))
+        shift, scale = mods[-1][:2]
+        h = norm(s.x, c.eps) * (1 + scale) + shift
+        q, k, v = (heads(s.product(w, name, f"attn_{n}", h), c) for n in "qkv")
+        q, k = (F.rms_norm(t, t.shape[-1:], w[f"{name}.{s.kind}_attn_{n}_norm.weight"], c.eps)
+                for t, n in ((q, "q"), (k, "k")))  # fmt: skip
+        if s.angles is not None:
+            q, k = turn(q, s.angles), turn(k, s.angles)
+        parts.append((q, k, v))
+    mixed = attend(*(torch.cat(part, 1) for part in zip(*parts))).split([len(s.x) for s in streams])
+    out = []
+    for s, (_, _, g1, shift, scale, g2), o in zip(streams, mods, mixed):
+        x = s.x + g1 * s.product(w, name, "attn_proj", o)
+        h = F.gelu(s.product(w, name, "mlp.fc1", norm(x, c.eps) * (1 + scale) + shift), approximate="tanh")
+        x = x + g2 * s.product(w, name, "mlp.fc2", h)
+        out.append(Stream(x, s.kind, s.vec, s.angles, s.adapter, s.share))
+    return out
+
+
+def begin(
+    w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
+    adapters: Adapters = Adapters(), glyphs: Tensor | None = None,
+) -> list[Stream]:  # fmt: skip
+    """Streams in front of the first block: video, each reference, text. See `velocity`."""
+    rows, columns = latent.shape[2:]
+
+    def tokens(z: Tensor, adapter: Weights | None, first: int) -> tuple[Tensor, Tensor]:
+        """What is embedded: the latent, and no condition behind it."""
+        full = F.pad(z.flatten(1).T, (0, c.in_channels - len(z)))
+        angles = rotation_angles(z.shape[1], rows, columns, c.axes, c.theta, first)
+        return linear(w, EMBED, full, adapter), torch.from_numpy(angles)
+
+    vec, still = (embedded_time(w, "time_in", c, at) for at in (timestep, 0.0))
+    x, angles = tokens(latent, adapters.subject, 0)
+    streams = [Stream(x, "img", vec, angles, adapters.subject)]
+    for i, view in enumerate(views):
+        x, angles = tokens(view[:, None], adapters.views, i)
+        streams.append(Stream(x, "img", still, angles, adapters.views))
+    x = text_tokens(w, c, states, timestep, glyphs)
+    share = adapters.share(len(x))
+    streams.append(
+        Stream(x, "txt", vec, None, None if share is None else adapters.subject, 1.0 if share is None else share)
+    )
+    return streams
+
+
+def velocity(
+    w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
+    adapters: Adapters = Adapters(), glyphs: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The velocity [z, T, h, w] of a noisy latent [z, T, h, w] at a timestep in [0, 1000].
+
+    states [n, text_dim]: of the prompt's tokens. views: clean latents [z, h, w] of the references, whose order tells
+    their times: they see the video and the text, which see them, at timestep 0. glyphs: see `text_tokens`.
+    """
+    streams = begin(w, c, latent, timestep, states, views, adapters, glyphs)
+    for i in range(c.layers):
+        streams = block(w, c, f"double_blocks.{i}", streams)
+    video = streams[0]
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2)
+    out = linear(w, "final_layer.linear", norm(video.x, c.eps) * (1 + scale) + shift)
+    return out.T.unflatten(1, latent.shape[1:])
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+def sample(
+    w: Weights, c: DitConfig, noise: Tensor, negative: Tensor, positive: Tensor, views: Sequence[Tensor] = (),
+    adapters: Adapters = Adapters(), *, steps: int = 50, guidance: float = 6.0, shift: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The clean latent [z, T, h, w] from noise by Euler steps; guidance between the prompts' states, in fp32.
+
+    shift: of the schedule, default what the configuration says.
+    """
+    x, sigmas = noise.float(), noise_levels(steps, c.shift if shift is None else shift)
+    for now, then in pairwise(sigmas):
+        without, with_ = (
+            velocity(w, c, x, 1000.0 * float(now), s, views, adapters).float() for s in (negative, positive)
+        )
+        x = x + (without + guidance * (with_ - without)) * float(then - now)
+    return x
+
+
+def one_frame_loss(
+    w: Weights, c: DitConfig, clean: Tensor, noise: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor],
+    adapters: Adapters,
+) -> Tensor:  # fmt: skip
+    """Of personalisation: squared error of the velocity `noise - clean` [z, 1, h, w] of one photo (section 3.2)."""
+    level = timestep / 1000
+    got = velocity(w, c, (1 - level) * clean + level * noise, timestep, states, views, adapters)
+    return F.mse_loss(got, noise - clean)

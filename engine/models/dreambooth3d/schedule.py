@@ -1,0 +1,49 @@
+"""Noise levels, sinusoids, rotations and sizes of HunyuanVideo-1.5 (flow matching; Lipman et al. 2023)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+STRIDE = 16  # pixels of a latent's cell
+TIME_STRIDE = 4  # frames of a latent's frame, behind the first
+BASES = {"720p": 960, "480p": 640}  # pixels of the edge of a square of as many pixels
+MAX_RATIO = 4
+
+
+def noise_levels(steps: int, shift: float) -> np.ndarray:
+    """f64 [steps + 1] from 1 to 0: sigma before each step and behind the last; a timestep is 1000 sigma."""
+    s = 1.0 - np.arange(steps + 1) / steps
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def rotation_angles(
+    frames: int, rows: int, columns: int, axes: tuple[int, int, int], theta: float, first: int = 0
+) -> np.ndarray:
+    """f64 [frames * rows * columns, sum(axes) / 2]: angle of each pair of channels of a head, tokens by frame and row.
+
+    first: time of the first frame. A reference is one frame, with its number as its time.
+    """
+    at = np.stack(np.meshgrid(np.arange(first, first + frames), np.arange(rows), np.arange(columns), indexing="ij"), -1)
+    parts = [at.reshape(-1, 3)[:, i : i + 1] * theta ** (-2.0 * np.arange(n // 2) / n) for i, n in enumerate(axes)]
+    return np.concatenate(parts, 1)
+
+
+def bucket(height: float, width: float, resolution: str = "720p") -> tuple[int, int]:
+    """(height, width) in pixels of the allowed size whose shape is nearest to the one asked for."""
+    limit = (BASES[resolution] // STRIDE) ** 2
+    sizes, a, b = [], 1, limit
+    # Down the staircase of the largest sizes: one cell higher while that fits, else one narrower.
+    while b:
+        if max(a, b) <= MAX_RATIO * min(a, b):
+            sizes.append((a, b))
+        if (a + 1) * b <= limit:
+            a += 1
+        else:
+            b -= 1
+    a, b = min(sizes, key=lambda s: abs(s[0] / s[1] - height / width))
+    return a * STRIDE, b * STRIDE
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of 4n + 1 frames."""
+    return (frames - 1) // TIME_STRIDE + 1
