@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from engine.errors import CheckpointError
 from engine.io.checkpoint import MappedSource, Source
 from engine.io.mapped import Joined, Rule
 from engine.models.dreambooth3d.config import DitConfig
@@ -134,6 +135,56 @@ def canonical_dit(source: Source, c: DitConfig) -> Source:
                 (f"{refiner}.{i}.self_attn_{n}.{kind}", 0, d) for n in "qkv"
             ]
     return Joined(MappedSource(source, rules), parts)
+
+
+#: Adapters by what they change: of the subject, of reference views, of the subject in a model without references.
+KINDS = {
+    "subject": (EMBED, *SUBJECT_MODULES),
+    "views": (EMBED, *VIEW_MODULES),
+    "attention": tuple(name for name in SUBJECT_MODULES if "attn" in name),
+}
+
+
+def canonical_adapter(source: Source) -> MappedSource:
+    """An adapter under official names; those of diffusers and a prefix `transformer.` look the same behind it."""
+    plain = MappedSource(source, [("transformer.", "")])
+    return MappedSource(plain, [*_inside("transformer_blocks", "double_blocks", _BLOCK), ("x_embedder.", "img_in.")])
+
+
+def adapter_kind(source: Source, c: DitConfig) -> str:
+    """Which of KINDS an adapter under official names is. Ranks may differ; files' own scales play no part.
+
+    Raises: CheckpointError (a module that no kind has, one that is missing, factors that do not fit).
+    """
+    found, keys = set(), set(source.keys())
+    for key in sorted(keys):
+        name, part = key.rsplit(".lora_", 1) if ".lora_" in key else (key, "")
+        if part not in ("A.weight", "B.weight"):
+            raise CheckpointError(f"tensor {key!r} is no factor of an adapter (MODULE.lora_A.weight, .lora_B.weight)")
+        found.add(name)
+    modules = {re.sub(r"^double_blocks\.\d+\.", "", name) for name in found}
+    kind = next((k for k, names in KINDS.items() if modules == set(names)), None)
+    if kind is None:
+        near = min(KINDS, key=lambda k: len(modules ^ set(KINDS[k])))
+        odd = sorted(modules ^ set(KINDS[near]))
+        raise CheckpointError(
+            f"an adapter of {len(modules)} kinds of modules; the nearest, of {near!r}, differs by {', '.join(odd[:4])}"
+        )
+    shapes = dit_shapes(c)
+    wanted = {f"double_blocks.{i}.{m}" for i in range(c.layers) for m in KINDS[kind] if m != EMBED} | (
+        modules & {EMBED}
+    )
+    if found != wanted:
+        raise CheckpointError(f"the adapter and a transformer of {c.layers} blocks differ: {sorted(found ^ wanted)[0]}")
+    for name in sorted(found):
+        rows, columns, *kernel = shapes[f"{name}.weight"]
+        a, b = (source.info(f"{name}.lora_{m}.weight").shape if f"{name}.lora_{m}.weight" in keys else () for m in "AB")
+        rank = a[0] if a else 0
+        if a != (rank, columns, *kernel) or b != (rows, rank, *kernel) or not rank:
+            raise CheckpointError(
+                f"adapter of {name}: factors {list(a)} and {list(b)}; [r, {columns}] and [{rows}, r] are needed"
+            )
+    return kind
 
 
 _VAE_BLOCK = {"norm1.": "norm1.", "conv1.": "conv1.", "norm2.": "norm2.", "conv2.": "conv2.",
