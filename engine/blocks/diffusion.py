@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def time_sinusoid(timestep: float, width: int) -> np.ndarray:
-    """f64 [width]: cosines, then sines, of timestep * 10000^(-2i / width)."""
+def time_sinusoid(timestep: float, width: int, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """[width]: cosines, then sines, of timestep * 10000^(-2i / width), every step of it in `dtype`.
+
+    At late times the rounding of fp32 moves a sine by 1e-4: models that were trained so are run so.
+    """
     half = width // 2
-    angle = timestep * 10000.0 ** (-np.arange(half) / half)
+    exponent = -np.log(dtype(10000)) * np.arange(half, dtype=dtype) / dtype(half)
+    angle = dtype(timestep) * np.exp(exponent.astype(np.float64)).astype(dtype)  # exp is rounded once
     return np.concatenate([np.cos(angle), np.sin(angle)])

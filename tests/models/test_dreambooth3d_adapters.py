@@ -10,8 +10,6 @@ from engine.errors import CheckpointError
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.weights import (
     KINDS,
-    SUBJECT_MODULES,
-    VIEW_MODULES,
     adapter_kind,
     adapter_shapes,
     canonical_adapter,
@@ -25,9 +23,8 @@ THEIRS = {"img_attn_q": "attn.to_q", "img_attn_k": "attn.to_k", "img_attn_v": "a
           "txt_mlp.fc2": "ff_context.net.2"}  # fmt: skip
 
 
-def tensors(modules: tuple[str, ...] = SUBJECT_MODULES, rank: int = 4, embed: bool = True) -> dict[str, np.ndarray]:
-    shapes = adapter_shapes(CONFIG, rank, modules)
-    return {k: np.zeros(s, np.float32) for k, s in shapes.items() if embed or not k.startswith("img_in")}
+def tensors(kind: str = "subject", rank: int = 4) -> dict[str, np.ndarray]:
+    return {k: np.zeros(s, np.float32) for k, s in adapter_shapes(CONFIG, rank, KINDS[kind]).items()}
 
 
 def kind_of(values: dict[str, np.ndarray]) -> str:
@@ -37,17 +34,17 @@ def kind_of(values: dict[str, np.ndarray]) -> str:
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("theirs", [False, True])
 def test_kinds(prefix: str, theirs: bool) -> None:
-    attention = tuple(name for name in SUBJECT_MODULES if "attn" in name)
-    for kind, modules in (("subject", SUBJECT_MODULES), ("views", VIEW_MODULES), ("attention", attention)):
+    for kind in KINDS:
         values = {}
-        for key, value in tensors(modules, embed=kind != "attention").items():
+        for key, value in tensors(kind).items():
             if theirs:
                 for ours, name in THEIRS.items():
                     key = key.replace(f".{ours}.", f".{name}.")
                 key = key.replace("double_blocks", "transformer_blocks").replace("img_in.", "x_embedder.")
             values[prefix + key] = value
         assert kind_of(values) == kind
-    assert set(KINDS) == {"subject", "views", "attention"}
+    shapes = adapter_shapes(DitConfig(), 16, KINDS["attention"])
+    assert len(shapes) == 864 and sum(int(np.prod(s)) for s in shapes.values()) == 28_311_552
 
 
 def test_ranks_may_differ() -> None:

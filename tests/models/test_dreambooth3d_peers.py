@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from _peer_dreambooth import CASES, cases
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from engine.models.dreambooth3d import reference as m
 from engine.models.dreambooth3d import vae_reference as vae
-from engine.models.dreambooth3d.weights import dit_shapes
+from engine.models.dreambooth3d.config import VaeConfig
+from engine.models.dreambooth3d.weights import dit_shapes, vae_shapes
 
 NUMBERS = range(CASES)
 
@@ -34,6 +36,7 @@ def test_transformer(number: int) -> None:
 def test_vae(number: int) -> None:
     case = cases()[number]
     c, w = case.vae
+    assert {k: tuple(v.shape) for k, v in w.items()} == vae_shapes(c)
     for name in ("image", "video"):
         near(vae.encode(w, c, case.io[f"vae.{name}"]), case.io[f"vae.{name}_moments"])
     near(vae.decode(w, c, case.io["vae.latent"]), case.io["vae.decoded"])
@@ -52,6 +55,7 @@ def test_tiles(number: int) -> None:
 
 def test_full_size_of_the_vae() -> None:
     """Tiles of 256 pixels, 224 apart."""
+    assert sum(int(np.prod(s)) for s in vae_shapes(VaeConfig()).values()) == 1_260_634_115
     seen = []
 
     def run(part: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InputError
 from engine.io.checkpoint import SafetensorsFile
 from engine.models.dreambooth3d import reference as m
-from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 from engine.models.dreambooth3d.schedule import bucket, latent_frames, noise_levels, rotation_angles
-from engine.models.dreambooth3d.weights import SUBJECT_MODULES, VIEW_MODULES, adapter_shapes, dit_shapes
+from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data/dreambooth3d/golden.safetensors"
 CONFIG = DitConfig(64, 2, 3, 2, 256, 8, 17, 48, 1472, 40, (8, 12, 12))
@@ -59,7 +60,7 @@ def adapter(kind: str, modules: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def adapters(text: str | Tensor = "off") -> m.Adapters:
-    return m.Adapters(adapter("tdb", SUBJECT_MODULES), adapter("tdapter", VIEW_MODULES), text)
+    return m.Adapters(adapter("tdb", KINDS["subject"]), adapter("tdapter", KINDS["views"]), text)
 
 
 def views(count: int = 2) -> list[Tensor]:
@@ -150,11 +151,21 @@ def test_personalisation_step() -> None:
 
 def test_merged_adapters_equal_live_ones() -> None:
     """On video tokens; references and text keep weights of their own, so they are left out."""
-    how = m.Adapters(adapter("tdb", VIEW_MODULES))
+    how = m.Adapters(adapter("tdb", KINDS["views"]))
     live = both(weights(), [], how)
     torch.testing.assert_close(
         both(m.merged(weights(), how.subject or {}), [], m.Adapters()), live, atol=1e-6, rtol=1e-6
     )
+
+
+def test_modes() -> None:
+    """References with their own adapter alone; and a subject's attention alone, its image side twice as strong."""
+    views_only = both(weights(), views(1), m.Adapters(views=adapter("tdapter", KINDS["views"])))
+    assert (views_only - both(weights(), views(1), m.Adapters())).abs().max() > 1e-3
+    part = adapter("tdb", KINDS["attention"])
+    twice = {k: 2 * v if "img" in k and "lora_B" in k else v for k, v in part.items()}
+    scaled = both(weights(), [], m.Adapters(part, text="all", scale=2.0))
+    torch.testing.assert_close(scaled, both(weights(), [], m.Adapters(twice, text="all")), atol=1e-6, rtol=1e-6)
 
 
 def test_references_look_back() -> None:
@@ -200,11 +211,21 @@ def test_schedule_and_sizes() -> None:
     np.testing.assert_array_equal(later, rotation_angles(3, 4, 6, (8, 12, 12), 256.0)[48:])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda: noise_levels(0, 9.0), lambda: noise_levels(50, 0.0), lambda: bucket(0, 1), lambda: bucket(1, -1),
+     lambda: bucket(9, 16, "1080p"), lambda: latent_frames(50), lambda: latent_frames(0)],
+)  # fmt: skip
+def test_wrong_requests(wrong: Callable[[], object]) -> None:
+    with pytest.raises(InputError):
+        wrong()
+
+
 def test_parameters_of_the_full_size() -> None:
     count = {k: int(np.prod(s)) for k, s in dit_shapes(DitConfig()).items()}
     assert sum(count.values()) == 8_326_608_160
     assert sum(n for k, n in count.items() if k.startswith("double_blocks.")) == 8_157_072_384
-    for modules, tensors, total in ((VIEW_MODULES, 650, 31_884_304), (SUBJECT_MODULES, 1298, 63_734_800)):
+    for modules, tensors, total in ((KINDS["views"], 650, 31_884_304), (KINDS["subject"], 1298, 63_734_800)):
         shapes = adapter_shapes(DitConfig(), 16, modules)
         assert len(shapes) == tensors and sum(int(np.prod(s)) for s in shapes.values()) == total
 
@@ -233,8 +254,28 @@ def test_configurations() -> None:
     [({"use_meanflow": True}, "use_meanflow"), ({"mm_single_blocks_depth": 2}, "mm_single_blocks_depth"),
      ({"rope_dim_list": [16, 56]}, "rope axes"), ({"heads_num": 12}, "heads"), ({"in_channels": 16}, "channels"),
      ({"ideal_resolution": "1080p"}, "ideal_resolution"), ({"ideal_task": "i2v"}, "task"),
-     ({"hidden_size": "2048"}, "hidden_size")],
+     ({"hidden_size": "2048"}, "hidden_size"), ({"concat_condition": False}, "concat_condition"),
+     ({"qk_norm_type": "layer"}, "qk_norm_type"), ({"text_pool_type": "mean"}, "text_pool_type")],
 )  # fmt: skip
 def test_wrong_configurations(change: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         DitConfig.from_json(OFFICIAL | change)
+
+
+def test_target_sizes() -> None:
+    for size in ([960], 512):
+        with pytest.raises(ConfigError, match="target_size"):
+            DitConfig.from_json(DIFFUSERS | {"target_size": size})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"latent_channels": 30}, "divide"), ({"block_out_channels": [128, 200, 512, 1024, 1000]}, "divide"),
+     ({"block_out_channels": 128}, "block_out_channels"), ({"in_channels": 4}, "in_channels"),
+     ({"downsample_match_channel": False}, "downsample_match_channel"), ({"ffactor_spatial": 12}, "power of two"),
+     ({"ffactor_temporal": 16, "ffactor_spatial": 8}, "compressed"), ({"shift_factor": 0.1}, "shift_factor")],
+)  # fmt: skip
+def test_wrong_vae_configurations(change: dict, named: str) -> None:
+    assert VaeConfig.from_json({}) == VaeConfig()
+    with pytest.raises(ConfigError, match=named):
+        VaeConfig.from_json(change)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from engine.errors import ConfigError
 from engine.io.values import choice, flag, integer, number, show
 
-ACTIVATION = "gelu_tanh"
+# What the released text-to-video models have.
+_ONLY = {
+    "mlp_act_type": "gelu_tanh", "concat_condition": True, "qkv_bias": True, "qk_norm": True, "qk_norm_type": "rms",
+    "text_projection": "single_refiner", "text_pool_type": None, "vision_projection": "linear", "glyph_byT5_v2": True,
+    "use_cond_type_embedding": True,
+}  # fmt: skip
 SHIFTS = {"720p": 9.0, "480p": 5.0}  # of the noise schedule, by resolution of the text-to-video models
 IDEAL_SIZES = {960: "720p", 640: "480p"}  # diffusers' target_size
 
@@ -69,7 +75,9 @@ class DitConfig:
         patch = o.get("patch_size", 1)
         if patch not in (1, [1, 1, 1]) or o.get("patch_size_t", 1) != 1 or o.get("mm_single_blocks_depth", 0):
             raise ConfigError("patch_size must be 1 and mm_single_blocks_depth 0: this is not HunyuanVideo-1.5")
-        choice("mlp_act_type", o.get("mlp_act_type", ACTIVATION), (ACTIVATION,))
+        for key, want in _ONLY.items():
+            if o.get(key, want) != want:
+                raise ConfigError(f"{key} = {show(o[key])}; only {want!r} is supported")
         ratio = number("mlp_ratio", o.get("mlp_ratio" if diffusers else "mlp_width_ratio", 4), 0.1, 64)
         channels = read("out_channels", "out_channels", d.channels, 1024)
         in_channels = read("in_channels", "in_channels", d.in_channels if diffusers else channels, 4096)
@@ -90,7 +98,7 @@ class DitConfig:
             raise ConfigError(f"{width} channels in {heads} heads with axes {axes}: a head's channels are their sum")
         if diffusers:
             size = o.get("target_size", 960)
-            if size not in IDEAL_SIZES:
+            if not isinstance(size, int) or size not in IDEAL_SIZES:
                 raise ConfigError(f"target_size {show(size)} is not one of {', '.join(map(str, IDEAL_SIZES))}")
             resolution, task = IDEAL_SIZES[size], o.get("task_type", "t2v")
         else:
@@ -149,8 +157,22 @@ class VaeConfig:
             raise ConfigError(f"vae: time is compressed {temporal}-fold, more than space ({spatial})")
         if o.get("shift_factor") is not None:
             raise ConfigError("vae.shift_factor is set; this is not the VAE of HunyuanVideo-1.5")
-        return VaeConfig(
+        for key, want in (("in_channels", 3), ("out_channels", 3), ("downsample_match_channel", True),
+                          ("upsample_match_channel", True)):  # fmt: skip
+            if o.get(key, want) != want:
+                raise ConfigError(f"vae.{key} = {show(o[key])}; only {want!r} is supported")
+        out = VaeConfig(
             widths, integer("vae.layers_per_block", o.get("layers_per_block", d.layers), 1, 16),
             integer("vae.latent_channels", o.get("latent_channels", d.z), 1, 1024), spatial, temporal,
             number("vae.scaling_factor", o.get("scaling_factor", d.scaling), 1e-6, 1e6),
         )  # fmt: skip
+        # Shortcuts without weights repeat channels, or average groups of them.
+        groups = [(widths[-1], 2 * out.z)]
+        for (space, time), (before, behind) in zip(out.halvings, pairwise(widths)):
+            if space:
+                more = 8 if time else 4
+                groups += [(behind, more), (4 * before, behind), (4 * behind, before)]
+        for many, few in groups:
+            if many % few:
+                raise ConfigError(f"vae: {many} channels do not divide into {few} (widths {list(widths)}, z {out.z})")
+        return out

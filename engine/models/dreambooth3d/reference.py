@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,15 +28,17 @@ TEXT, GLYPH, VISION = range(3)  # rows of cond_type_embedding
 
 @dataclass(frozen=True)
 class Adapters:
-    """Low-rank changes by module, `{module}.lora_A.weight` and `lora_B.weight`, times 1 whatever their files say.
+    """Low-rank changes by module, `{module}.lora_A.weight` and `lora_B.weight`; their files' own scales play no part.
 
     subject: on video tokens, and on text tokens as `text` tells: 'off' (as released: its mask misses every token),
-    'all', or a mask bool [n] of the text's tokens. views: on reference tokens.
+    'all', or a mask bool [n] of the text's tokens. views: on reference tokens. scale: of the subject's change on video
+    tokens; as released 2 for an adapter of attention alone (`weights.KINDS`), which is used without references.
     """
 
     subject: Weights | None = None
     views: Weights | None = None
     text: str | Tensor = "off"
+    scale: float = 1.0
 
     def share(self, count: int) -> Tensor | None:
         """[count, 1] of the subject's change at each text token; None: nowhere."""
@@ -72,7 +75,7 @@ def norm(x: Tensor, eps: float, w: Weights | None = None, name: str = "") -> Ten
 
 def embedded_time(w: Weights, name: str, c: DitConfig, timestep: float) -> Tensor:
     """[D] of a timestep in [0, 1000], not rounded."""
-    s = torch.from_numpy(time_sinusoid(timestep, c.freq_dim)).to(w[f"{name}.mlp.0.weight"].dtype)
+    s = torch.from_numpy(time_sinusoid(timestep, c.freq_dim, np.float32)).to(w[f"{name}.mlp.0.weight"].dtype)
     return linear(w, f"{name}.mlp.2", F.silu(linear(w, f"{name}.mlp.0", s)))
 
 
@@ -168,7 +171,7 @@ def begin(
 
     vec, still = (embedded_time(w, "time_in", c, at) for at in (timestep, 0.0))
     x, angles = tokens(latent, adapters.subject, 0)
-    streams = [Stream(x, "img", vec, angles, adapters.subject)]
+    streams = [Stream(x, "img", vec, angles, adapters.subject, adapters.scale)]
     for i, view in enumerate(views):
         x, angles = tokens(view[:, None], adapters.views, i)
         streams.append(Stream(x, "img", still, angles, adapters.views))
@@ -220,7 +223,7 @@ def one_frame_loss(
     w: Weights, c: DitConfig, clean: Tensor, noise: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor],
     adapters: Adapters,
 ) -> Tensor:  # fmt: skip
-    """Of personalisation: squared error of the velocity `noise - clean` [z, 1, h, w] of one photo (section 3.2)."""
+    """Of personalisation: squared error of the velocity `noise - clean` [z, 1, h, w] of one photo."""
     level = timestep / 1000
     got = velocity(w, c, (1 - level) * clean + level * noise, timestep, states, views, adapters)
     return F.mse_loss(got, noise - clean)

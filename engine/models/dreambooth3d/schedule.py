@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.errors import InputError
+
 STRIDE = 16  # pixels of a latent's cell
 TIME_STRIDE = 4  # frames of a latent's frame, behind the first
 BASES = {"720p": 960, "480p": 640}  # pixels of the edge of a square of as many pixels
@@ -11,7 +13,12 @@ MAX_RATIO = 4
 
 
 def noise_levels(steps: int, shift: float) -> np.ndarray:
-    """f64 [steps + 1] from 1 to 0: sigma before each step and behind the last; a timestep is 1000 sigma."""
+    """f64 [steps + 1] from 1 to 0: sigma before each step and behind the last; a timestep is 1000 sigma.
+
+    Raises: InputError for a number of steps or a shift that is not positive.
+    """
+    if type(steps) is not int or steps < 1 or not 0 < shift < np.inf:
+        raise InputError(f"steps={steps!r}, shift={shift!r}: at least one step and a positive shift are needed")
     s = 1.0 - np.arange(steps + 1) / steps
     return shift * s / (1 + (shift - 1) * s)
 
@@ -29,7 +36,14 @@ def rotation_angles(
 
 
 def bucket(height: float, width: float, resolution: str = "720p") -> tuple[int, int]:
-    """(height, width) in pixels of the allowed size whose shape is nearest to the one asked for."""
+    """(height, width) in pixels of the allowed size whose shape is nearest to the one asked for.
+
+    Raises: InputError for sizes that are not positive, and another resolution than those of BASES.
+    """
+    if resolution not in BASES or not (0 < height < np.inf and 0 < width < np.inf):
+        raise InputError(
+            f"{height!r} x {width!r} at {resolution!r}: two positive numbers and one of {', '.join(BASES)}"
+        )
     limit = (BASES[resolution] // STRIDE) ** 2
     sizes, a, b = [], 1, limit
     # Down the staircase of the largest sizes: one cell higher while that fits, else one narrower.
@@ -45,5 +59,7 @@ def bucket(height: float, width: float, resolution: str = "720p") -> tuple[int, 
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames of 4n + 1 frames."""
+    """Latent frames of 4n + 1 frames. Raises: InputError for another number."""
+    if type(frames) is not int or frames < 1 or frames % TIME_STRIDE != 1:
+        raise InputError(f"frames={frames!r}; 4n + 1 are needed, such as 49 or 81")
     return (frames - 1) // TIME_STRIDE + 1

@@ -7,7 +7,7 @@ import re
 from engine.errors import CheckpointError
 from engine.io.checkpoint import MappedSource, Source
 from engine.io.mapped import Joined, Rule
-from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 
 STREAMS = ("img", "txt")
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_proj")
@@ -71,10 +71,52 @@ def dit_shapes(c: DitConfig) -> dict[str, tuple[int, ...]]:
     return out
 
 
+def vae_shapes(c: VaeConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the VAE under its official name."""
+    out: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, rows: int, columns: int, kernel: int = 3) -> None:
+        out[f"{name}.weight"], out[f"{name}.bias"] = (rows, columns, kernel, kernel, kernel), (rows,)
+
+    def norm(name: str, width: int) -> None:
+        out[f"{name}.gamma"] = (width, 1, 1, 1)
+
+    def residual(name: str, width: int) -> None:
+        for i in (1, 2):
+            norm(f"{name}.norm{i}", width)
+            conv(f"{name}.conv{i}.conv", width, width)
+
+    def coder(name: str, widths: tuple[int, ...], blocks: int, ends: tuple[int, int], level: str) -> None:
+        conv(f"{name}.conv_in.conv", widths[0], ends[0])
+        for i, width in enumerate(widths):
+            for j in range(blocks):
+                residual(f"{name}.{level}.{i}.block.{j}", width)
+        middle = widths[-1] if level == "down" else widths[0]
+        for i in (1, 2):
+            residual(f"{name}.mid.block_{i}", middle)
+        norm(f"{name}.mid.attn_1.norm", middle)
+        for n in ("q", "k", "v", "proj_out"):
+            conv(f"{name}.mid.attn_1.{n}", middle, middle, 1)
+        norm(f"{name}.norm_out", widths[-1])
+        conv(f"{name}.conv_out.conv", ends[1], widths[-1])
+
+    coder("encoder", c.widths, c.layers, (3, 2 * c.z), "down")
+    coder("decoder", c.widths[::-1], c.layers + 1, (c.z, 3), "up")
+    times = sum(time for _, time in c.halvings)
+    for i, (space, time) in enumerate(c.halvings):
+        if space:
+            before, behind = c.widths[i : i + 2]
+            conv(f"encoder.down.{i}.downsample.conv.conv", behind // (8 if time else 4), before)
+            before, behind = c.widths[::-1][i : i + 2]
+            conv(f"decoder.up.{i}.upsample.conv.conv", behind * (8 if i < times else 4), before)
+    return out
+
+
 def adapter_shapes(c: DitConfig, rank: int, modules: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an adapter of `modules` in each block and of the embedding."""
+    """Every tensor of an adapter of `modules` (EMBED, or names inside a block; see KINDS) of one rank."""
     shapes = dit_shapes(c)
-    names = [EMBED, *(f"double_blocks.{i}.{module}" for i in range(c.layers) for module in modules)]
+    inside = [module for module in modules if module != EMBED]
+    names = [EMBED] * (EMBED in modules) + [f"double_blocks.{i}.{module}" for i in range(c.layers) for module in inside]
     out: dict[str, tuple[int, ...]] = {}
     for name in names:
         rows, columns, *kernel = shapes[f"{name}.weight"]
