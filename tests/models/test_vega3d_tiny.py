@@ -11,8 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/tiny/vega3d"))
 
-from evaluate import examine
 from room_data import Sample, dataset
+from room_exam import examine
 
 import engine
 from engine.models.vega3d.model import Vega3D

@@ -1,6 +1,6 @@
 """What vega3d-tiny as shipped answers to 1,000 questions about rooms that it was never trained on, by the engine.
 
-python examples/tiny/vega3d/evaluate.py [--model vega3d-tiny] [--each 250] [--quant int8]
+python examples/tiny/vega3d/room_exam.py [--model vega3d-tiny] [--each 250] [--quant int8]
 """
 
 from __future__ import annotations
