@@ -40,6 +40,7 @@ struct Shadow {
 
 struct Area {
   uintptr_t begin = 0, end = 0;
+  uint64_t number = 0;  // among all that were ever known
   std::string name;
   std::vector<std::unique_ptr<Shadow[]>> pages;
   std::vector<uint8_t> written;
@@ -193,7 +194,7 @@ class Watcher : public Observer {
   uintptr_t base_ = 0;
   Region image_;
   uint32_t launch_ = 0, serial_ = 0, first_block_ = 1, epoch_ = 0;
-  std::unordered_set<uintptr_t> sectors_;  // twice the sector, one more for a write: what block sectors_of_ has touched
+  std::unordered_set<uint64_t> sectors_;  // twice the sector, one more for a write: what block sectors_of_ has touched
   uint32_t sectors_of_ = 0;
   unsigned block_ = 0, threads_ = 0;
   bool overlap_ = false;
@@ -327,6 +328,9 @@ class Watcher : public Observer {
     return last_;
   }
 
+  // A device's allocations begin at whole sectors, which the host's do not: counted from where the area begins.
+  static uint64_t sector_of(const Area& area, uintptr_t a) { return (area.number << 40) + (a - area.begin) / 32; }
+
   void global(unsigned t, uintptr_t a, size_t bytes, Access kind, uintptr_t pc) {
     Area* area = area_of(a);
     if (!area || a >= area->end) {
@@ -348,8 +352,8 @@ class Watcher : public Observer {
     if (kind != Access::read) c.issued_written += bytes;
     if (sectors_of_ != serial_) sectors_.clear();
     sectors_of_ = serial_;
-    for (uintptr_t s = a / 32; s <= (a + bytes - 1) / 32; ++s)
-      c.block_sectors += sectors_.insert(2 * s + (kind != Access::read)).second;
+    const uint64_t first = sector_of(*area, a), last = sector_of(*area, a + bytes - 1);
+    for (uint64_t s = first; s <= last; ++s) c.block_sectors += sectors_.insert(2 * s + (kind != Access::read)).second;
     if (kind == Access::atomic) {
       for (const Release& r : releases_[a])
         if (r.block != serial_) acquires_[r.block].push_back({r, t, epoch_, clock(t, t)});
@@ -392,13 +396,17 @@ class Watcher : public Observer {
       return;
     }
     ++c.requests;
-    std::vector<uintptr_t> sectors;
-    for (unsigned k = 0; k < r.lanes; ++k)
-      for (uintptr_t s = r.address[k] / 32; s <= (r.address[k] + r.bytes - 1) / 32; ++s) sectors.push_back(s);
+    std::vector<uint64_t> sectors;
+    for (unsigned k = 0; k < r.lanes; ++k) {
+      const Area* area = area_of(r.address[k]);
+      if (!area) continue;  // a fault already
+      const uint64_t last = sector_of(*area, r.address[k] + r.bytes - 1);
+      for (uint64_t s = sector_of(*area, r.address[k]); s <= last; ++s) sectors.push_back(s);
+    }
     c.sectors += distinct(sectors);
   }
 
-  static size_t distinct(std::vector<uintptr_t>& v) {
+  static size_t distinct(std::vector<uint64_t>& v) {
     std::sort(v.begin(), v.end());
     return size_t(std::unique(v.begin(), v.end()) - v.begin());
   }
@@ -448,7 +456,9 @@ inline void hook(void* address, size_t bytes, Access kind, const void* instructi
 }  // namespace
 
 void declare(uintptr_t address, size_t bytes, const std::vector<uint8_t>& written, const std::string& name) {
+  static uint64_t declared = 0;
   Area area;
+  area.number = ++declared;
   area.begin = address;
   area.end = address + bytes;
   area.name = name;
