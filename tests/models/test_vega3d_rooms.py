@@ -108,7 +108,9 @@ def test_answers() -> None:
                         a, b = (np.linalg.inv(pose) @ [*middle[i], 1] for i in (one, two))
                         turn = np.degrees(np.arctan2(a[0], a[2]) - np.arctan2(b[0], b[2]))
                         assert (turn < 0) == (q.answer == pair[0])
-                    assert ANGLE > 0
+                    around = v.poses[:, :2, 3].mean(0)
+                    a, b = (np.degrees(np.arctan2(*(middle[i][:2] - around))) for i in (one, two))
+                    assert abs(a - b) > ANGLE
     assert set(kinds) == set(KINDS)
     for kind in ("nearer", "left", "first"):  # whether the first named is the answer tells nothing
         assert 0.3 < sides[kind, True] / (sides[kind, True] + sides[kind, False]) < 0.7

@@ -44,11 +44,11 @@ def test_size() -> None:
 
 @pytest.mark.parametrize("quant", [None, "int8"])
 def test_answers(quant: str | None) -> None:
-    """A part of the exam: 20 questions of each kind."""
+    """A part of the exam: 20 questions of each kind (measured: 75 of 80; nearer 19, left 20)."""
     found = examine(model(quant), 20, rooms=80)
     right, asked = (sum(v[i] for v in found.values()) for i in (0, 1))
-    assert asked == 80 and right / asked > 0.7
-    assert all(a / n > 0.7 for kind, (a, n) in found.items() if kind in ("nearer", "left"))
+    assert asked == 80 and right / asked >= 0.88
+    assert all(a / n >= 0.9 for kind, (a, n) in found.items() if kind in ("nearer", "left"))
 
 
 def test_a_second_question_costs_its_own_tokens() -> None:
@@ -68,7 +68,7 @@ def test_precisions_agree() -> None:
         for q in s.questions:
             total += 1
             same += one.ask(q.text, max_new_tokens=8).text == two.ask(q.text, max_new_tokens=8).text
-    assert same / total > 0.95
+    assert same / total > 0.98  # measured: all of 211
 
 
 def test_grounding() -> None:
@@ -78,7 +78,7 @@ def test_grounding() -> None:
         for k, solid in enumerate(s.scene.room.solids):
             total += 1
             right += scene.ground(f"the {solid.name}.", s.scene.boxes).index == k
-    assert right / total > 0.7
+    assert right / total > 0.9  # measured: 40 of 42
 
 
 def test_places_do_not_change_what_is_seen() -> None:

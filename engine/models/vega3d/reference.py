@@ -163,15 +163,24 @@ def rotary_angles(c: LanguageConfig, places: Tensor) -> Tensor:
     return torch.cat([p[:, None] * t for p, t in zip(places.double().T, turn.split(list(c.sections)))], 1)
 
 
-def language(w: Weights, c: LanguageConfig, x: Tensor, angle: Tensor | None = None) -> Tensor:
-    """Embeddings [T, D] to hidden states behind the last norm [T, D].
+def text_angles(c: LanguageConfig, places: Tensor) -> Tensor:
+    """f64 [T, head_dim / 2] of places [T] in a plain text."""
+    turn = c.theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    return places.double()[:, None] * turn
 
-    angle [T, head_dim / 2]: of each position; default those of a plain text.
+
+def language(
+    w: Weights, c: LanguageConfig, x: Tensor, angle: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Embeddings [T, D] or [B, T, D] to hidden states behind the last norm, of the same shape.
+
+    angle [T, head_dim / 2]: of each position; default those of a plain text. mask bool [T, T]: what each position sees;
+    default itself and those before it.
     """
+    if x.dim() == 2:
+        return language(w, c, x[None], angle, mask)[0]
     if angle is None:
-        turn = c.theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-        angle = torch.arange(len(x), dtype=torch.float64)[:, None] * turn
-    x = x[None]
+        angle = text_angles(c, torch.arange(x.shape[1]))
     for i in range(c.layers):
         p = f"model.layers.{i}"
         h = rms_norm(w, f"{p}.input_layernorm", x, c.eps)
@@ -179,12 +188,12 @@ def language(w: Weights, c: LanguageConfig, x: Tensor, angle: Tensor | None = No
                    for n, m in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)))  # fmt: skip
         share = c.heads // c.kv_heads
         k, v = rotate(k, angle).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        mixed = F.scaled_dot_product_attention(rotate(q, angle), k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + linear(w, f"{p}.self_attn.o_proj", mixed)
+        mixed = F.scaled_dot_product_attention(rotate(q, angle), k, v, mask, is_causal=mask is None)
+        x = x + linear(w, f"{p}.self_attn.o_proj", mixed.transpose(1, 2).flatten(2))
         h = rms_norm(w, f"{p}.post_attention_layernorm", x, c.eps)
         h = F.silu(linear(w, f"{p}.mlp.gate_proj", h)) * linear(w, f"{p}.mlp.up_proj", h)
         x = x + linear(w, f"{p}.mlp.down_proj", h)
-    return rms_norm(w, "model.norm", x, c.eps)[0]
+    return rms_norm(w, "model.norm", x, c.eps)
 
 
 def logits(w: Weights, c: LanguageConfig, hidden: Tensor) -> Tensor:

@@ -40,25 +40,31 @@ def lines(tokens: Tensor, newline: Tensor) -> Tensor:
 
 
 class Arm:
-    """Projectors and fusion under their published names; `tokens` is what the language model gets."""
+    """Projectors and fusion under their published names in w; `tokens` is what the language model gets."""
 
-    def __init__(self, name: str, width: int, newline: Tensor, seed: int) -> None:
+    def __init__(self, name: str, w: Weights) -> None:
+        self.name, self.w = name, w
+
+    @staticmethod
+    def begin(name: str, width: int, newline: Tensor, seed: int) -> Arm:
+        """One to train."""
         g = torch.Generator().manual_seed(seed)
-        self.name, self.w = name, {"model.image_newline": newline.clone()}
+        w = {"model.image_newline": newline.clone()}
 
         def linear(key: str, rows: int, columns: int, scale: float = 1.0) -> None:
-            self.w[f"model.{key}.weight"] = torch.randn(rows, columns, generator=g) * columns**-0.5 * scale
-            self.w[f"model.{key}.bias"] = torch.zeros(rows)
+            w[f"model.{key}.weight"] = torch.randn(rows, columns, generator=g) * columns**-0.5 * scale
+            w[f"model.{key}.bias"] = torch.zeros(rows)
 
         for key, source in (("mm_projector", EYES.width), ("generative_projector", DIT.dim)):
             linear(f"{key}.0", width, source)
             linear(f"{key}.2", width, width, 0.1)
         for n in (1, 2):
-            self.w[f"model.feature_fusion.norm{n}.weight"] = torch.full((width,), 0.2)
-            self.w[f"model.feature_fusion.norm{n}.bias"] = torch.zeros(width)
+            w[f"model.feature_fusion.norm{n}.weight"] = torch.full((width,), 0.2)
+            w[f"model.feature_fusion.norm{n}.bias"] = torch.zeros(width)
         linear("feature_fusion.gate_projection.0", 1, 2 * width, 0.1)
-        for value in self.w.values():
+        for value in w.values():
             value.requires_grad_()
+        return Arm(name, w)
 
     def fused(self, s: Streams, at: Tensor) -> Tensor:
         """[B, T * cells, D] of rooms `at`."""
@@ -79,7 +85,7 @@ class Arm:
         return lines(x, self.w["model.image_newline"])
 
     def align(self, s: Streams, target: Tensor, weight: Tensor, steps: int, seed: int) -> None:
-        """Fits fused tokens to target(rooms) [R, T * cells, D] under weights [R, T * cells]."""
+        """Fits fused tokens to target [R, T * cells, D] under weights [R, T * cells]."""
         g = torch.Generator().manual_seed(seed)
         scale = target[:256].var()
 

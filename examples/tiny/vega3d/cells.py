@@ -30,7 +30,7 @@ class Cells:
         solids, edge = views.room.solids, SIZE // SIDE
 
         def cells(pixels: np.ndarray) -> np.ndarray:
-            """[T, S, S, ...] to [tokens, pixels of one, ...]"""
+            """[T, S, S] to [tokens, pixels of one]."""
             cut = pixels.reshape(len(pixels), SIDE, edge, SIDE, edge).swapaxes(2, 3)
             return cut.reshape(len(pixels) * SIDE * SIDE, edge * edge)
 

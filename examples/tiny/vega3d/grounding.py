@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from arms import Arm, Streams
-from language import hidden
 from tokenizers import Tokenizer
 from torch import Tensor
 from towers import train
@@ -15,7 +14,7 @@ from words import HEAD, TAIL, pieces
 
 from engine.blocks.scene import Voxels
 from engine.models.vega3d.config import LanguageConfig
-from engine.models.vega3d.reference import ground_scores, object_features, projector
+from engine.models.vega3d.reference import ground_scores, language, object_features, projector
 from engine.models.vega3d.scene import TASKS
 from engine.models.vega3d.weights import HEADS
 
@@ -56,8 +55,7 @@ def train_heads(
     row = w["model.embed_tokens.weight"][tok.token_to_id("<ground>")].clone()
     for value in (*heads.values(), row):
         value.requires_grad_()
-    arm = Arm("token_gated", c.width, w["model.image_newline"], seed)
-    arm.w = w
+    arm = Arm("token_gated", w)
 
     def loss(step: int) -> Tensor:
         rooms = torch.randint(len(data["names"]), (16,), generator=g)
@@ -69,9 +67,8 @@ def train_heads(
             text = F.embedding(ids[:, :-1], w["model.embed_tokens.weight"])
             x = torch.cat([head.expand(len(ids), -1, -1), arm.tokens(s, rooms), text], 1)
         x = torch.cat([x, row.expand(len(ids), 1, -1)], 1)
-        n = x.shape[1]
         with torch.autocast("cpu", torch.bfloat16):
-            h = hidden(w, c, x, torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())[:, -1].float()
+            h = language(w, c, x)[:, -1].float()
         losses = []
         for r, k, query in zip(rooms, asked, h):
             # Somewhat often the box is not among those given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from words import HEAD, chat, pieces
 
 from engine.models.vega3d.config import LanguageConfig
-from engine.models.vega3d.reference import heads_of, rotate
+from engine.models.vega3d.reference import language, text_angles
 from engine.models.vega3d.weights import language_shapes
 
 Weights = dict[str, Tensor]
@@ -37,29 +37,6 @@ def begin(c: LanguageConfig, generator: torch.Generator) -> Weights:
                 value *= (2 * c.layers) ** -0.5
         out[name] = value.requires_grad_()
     return out
-
-
-def hidden(w: Weights, c: LanguageConfig, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings [B, L, D] at places [L] under a mask bool [L, L] (what each row sees) to [B, L, D]."""
-    turn = c.theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    angle = places.double()[:, None] * turn
-    share = c.heads // c.kv_heads
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], w[name], c.eps)
-
-    for i in range(c.layers):
-        p = f"model.layers.{i}"
-        h = norm(f"{p}.input_layernorm.weight", x)
-        q, k, v = (heads_of(F.linear(h, w[f"{p}.self_attn.{n}_proj.weight"], w[f"{p}.self_attn.{n}_proj.bias"]), m)
-                   for n, m in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)))  # fmt: skip
-        k, v = rotate(k, angle).repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        mixed = F.scaled_dot_product_attention(rotate(q, angle), k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = x + F.linear(mixed, w[f"{p}.self_attn.o_proj.weight"])
-        h = norm(f"{p}.post_attention_layernorm.weight", x)
-        h = F.silu(F.linear(h, w[f"{p}.mlp.gate_proj.weight"])) * F.linear(h, w[f"{p}.mlp.up_proj.weight"])
-        x = x + F.linear(h, w[f"{p}.mlp.down_proj.weight"])
-    return norm("model.norm.weight", x)
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -87,7 +64,7 @@ class Asked:
 @dataclass(frozen=True)
 class Batch:
     """ids [B, K, Q] with zeros behind each question; target [B, K, Q]: the next id where it is part of an answer, else
-    -100; places, mask: see `hidden`."""
+    -100; places [L] in the text, mask bool [L, L] of what each place sees."""
 
     ids: Tensor
     target: Tensor
@@ -117,7 +94,7 @@ class Reader:
     """A language model with what every question begins with. visual: rows that a room has."""
 
     def __init__(self, w: Weights, c: LanguageConfig, tok: Tokenizer, visual: int) -> None:
-        self.w, self.c, self.tok = w, c, tok
+        self.w, self.c = w, c
         self.head = torch.tensor(pieces(tok, *HEAD))
         self.prefix = len(self.head) + visual
 
@@ -127,7 +104,8 @@ class Reader:
         text = F.embedding(batch.ids.flatten(1), table)
         head = F.embedding(self.head, table).expand(b, -1, -1)
         with torch.autocast("cpu", torch.bfloat16):
-            h = hidden(self.w, self.c, torch.cat([head, tokens, text], 1), batch.places, batch.mask)
+            angle = text_angles(self.c, batch.places)
+            h = language(self.w, self.c, torch.cat([head, tokens, text], 1), angle, batch.mask)
             return F.linear(h[:, self.prefix :], table).unflatten(1, (k, q))
 
     def loss(self, tokens: Tensor, batch: Batch) -> Tensor:
@@ -138,21 +116,3 @@ class Reader:
         """bool [B, K]: whether the whole answer is the most probable one, token by token."""
         told = self.logits(tokens, batch).argmax(-1)
         return ((told == batch.target) | (batch.target < 0)).all(-1)
-
-
-def accuracy(
-    reader: Reader, rooms: Sequence[Asked], tokens: Callable[[np.ndarray], Tensor], per: int = 16
-) -> dict[str, tuple[int, int]]:
-    """(right, asked) by kind of every question of the rooms."""
-    out: dict[str, tuple[int, int]] = {}
-    for start in range(0, len(rooms), per):
-        at = np.arange(start, min(start + per, len(rooms)))
-        most = max(len(rooms[i].ids) for i in at)
-        # Questions are asked again where a room has fewer; only the first time counts.
-        chosen = [np.arange(most) % len(rooms[i].ids) for i in at]
-        right = reader.right(tokens(at), Batch.of([(rooms[i], c) for i, c in zip(at, chosen)], reader.prefix))
-        for i, row in zip(at, right.tolist()):
-            for kind, good in zip(rooms[i].kinds, row):
-                have = out.get(kind, (0, 0))
-                out[kind] = have[0] + good, have[1] + 1
-    return out

@@ -128,7 +128,7 @@ def train_arm(
     c = language_config(tok.get_vocab_size())
     w = {k: v.clone().requires_grad_() for k, v in told.items() if k not in ("table", "newline")}
     reader = Reader(w, c, tok, FRAMES * SIDE * (SIDE + 1))
-    arm = Arm(name, c.width, told["newline"], SEED)
+    arm = Arm.begin(name, c.width, told["newline"], SEED)
     target = described(*data["cells"]) @ told["table"]
     arm.align(s, target, 1.0 + 4.0 * (data["cells"][0] > 0), steps("align"), SEED)
     arm.tune(reader, s, [Asked.of(tok, q) for q in data["questions"]], steps("questions"), SEED)
