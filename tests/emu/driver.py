@@ -94,6 +94,7 @@ class EmulatedCuda:
             self.module.watch(True)
             _remember_tensors()
         self._declared: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []  # what was declared lives as long as the case: no address stands for two buffers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -119,6 +120,7 @@ class EmulatedCuda:
         self._runs = 0
         if self.kind == "watched":
             self._declared.clear()
+            self._kept.clear()
             self.module.forget()
 
     def found(self) -> list[str]:
@@ -145,6 +147,7 @@ class EmulatedCuda:
             if not size or any(b <= begin and begin + size <= b + n for b, n in self._declared):
                 continue
             self._declared.append((begin, size))
+            self._kept.append(t)
             self.module.declare(begin, size, written, f"{name or 'memory'}@{len(self._declared)}")
 
 
