@@ -92,28 +92,28 @@ def append(
 
 @triton.jit
 def attend(
-    q, k_cache, v_cache, out, ldq, ldo, scale, pad_k, pad_v, pads, pos, live, m, offsets, order, rope,
+    q, k_cache, v_cache, out, ldq, ldo, scale, pad_k, pad_v, pads, queries, pos, live, m, offsets, order, rope,
     CTX: tl.constexpr, D: tl.constexpr, SHARE: tl.constexpr, K_PANEL: tl.constexpr, V_PANEL: tl.constexpr,
     FORMAT: tl.constexpr, CAUSAL: tl.constexpr, APPENDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out of the tokens at positions pos.. over the cache. Grid (ceil(T*SHARE/BM), kv_heads, batch); panels in words.
 
-    APPENDED 0: the tokens have no positions, and see all pos of the cache.
+    APPENDED 0: the tokens have no positions, and see all pos of the cache. queries: rows of a sequence that ask.
 
     BK < BD: q and K pass in slices of the head (fp32 products, wide heads) instead of staying in registers.
     """
     b = tl.program_id(2)
     first, count, start = sequence(pos, offsets, live, m, b)
     r0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    if (start < 0) | (start + count * APPENDED > CTX) | (r0 >= count * SHARE):
+    if (start < 0) | (start + count * APPENDED > CTX) | (r0 >= tl.minimum(count, queries) * SHARE):
         return
     h = tl.program_id(1)
     PER: tl.constexpr = 1 if FORMAT == F32 else 2
     KVECS: tl.constexpr = (D + PER - 1) // PER
     r = r0 + tl.arange(0, BM)
     token = r // SHARE
-    valid = token < count
+    valid = token < tl.minimum(count, queries)
     head = h * SHARE + r % SHARE
     i = tl.arange(0, BK)
     row = rows_at(order, first, token, valid)

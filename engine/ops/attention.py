@@ -113,6 +113,7 @@ def attention(
     longest: int | None = None,
     order: Tensor | None = None,
     pads: Pads | None = None,
+    queries: int | None = None,
 ) -> None:
     """Appends k, v [T, kv_heads*d] at position pos (i32 [batch], in memory), then out [T, heads*d] = attention of q.
 
@@ -122,7 +123,8 @@ def attention(
     [batch+1]), rows offsets[b]..offsets[b+1], at most `longest`. order (i32 [T]): row r lies at order[r] of q, k,
     v and out. Without q and out, k and v are only appended; without k and v, every row of q sees the pos positions (one
     at least) that the cache holds (causal=False, no rope). causal=False: every row sees all of its sequence. rope f32
-    [ctx, d] (rope_table) turns q and k by their positions.
+    [ctx, d] (rope_table) turns q and k by their positions. queries: only the first that many rows of a sequence ask;
+    rows of out behind them are left alone.
     """
     check, d = Check("attention", label), cache.d
     cache.fits(check)
@@ -160,11 +162,17 @@ def attention(
         check.takes("pads.count", pads.count, (batch,), "i32")
         check.need(rope is None, "pads and rope exclude each other: the extra key has no position")
     m = longest if longest is not None else t // batch
+    check.need(queries is None or 0 < queries <= max(m, 1), f"queries={queries} of at most {m} rows")
+    asked = m if queries is None else queries
     check.room(ws, workspace_bytes(m, heads, d, cache.ctx))
     factor = scale if scale is not None else d**-0.5
     # The C++ kernel of few rows knows what decoding needs; the rest runs as programs for any number of rows.
     plain = (
-        causal and q is not None and batch == 1 and rope is None and offsets is None and order is None and pads is None
+        causal
+        and q is not None
+        and batch == 1
+        and queries is None
+        and all(x is None for x in (rope, offsets, order, pads))
     )
 
     def programs() -> list[Program]:
@@ -185,16 +193,16 @@ def attention(
             wide = bd >= 64  # 64 in registers spill on sm_80
             blocks, warps, stages = {"BM": 16 if wide else 32, "BN": 32 if wide else 64, "BK": min(32, bd)}, 4, 1
         elif bd <= 128:
-            bm = max(16, min(64, power_of_two(m * share)))
+            bm = max(16, min(64, power_of_two(asked * share)))
             blocks, warps, stages = {"BM": bm, "BN": 64, "BK": bd}, 4, 2
         else:
             blocks, warps, stages = {"BM": 16, "BN": 32, "BK": 64}, 4 if bd <= 256 else 8, 1
         read = Program(
             "attention.attend",
-            (-(-m * share // blocks["BM"]), cache.kv_heads, batch),
+            (-(-asked * share // blocks["BM"]), cache.kv_heads, batch),
             {"q": q, "k_cache": cache.k, "v_cache": cache.v, "out": out, "ldq": q.ld, "ldo": out.ld,
              "scale": float(factor), "pad_k": pads.k if pads else None, "pad_v": pads.v if pads else None,
-             "pads": pads.count if pads else None, **where},
+             "pads": pads.count if pads else None, "queries": asked, **where},
             {**common, "SHARE": share, "K_PANEL": k_panel // 4, "V_PANEL": v_panel // 4, "CAUSAL": int(causal),
              "APPENDED": int(k is not None), "BD": bd, **blocks},
             warps,
@@ -208,7 +216,7 @@ def attention(
          pos=pos, out=out, ldo=out.ld if out else 0, ws=ws, rows=rows, m=m,
          heads=heads, kv_heads=cache.kv_heads, d=d, scale=factor, causal=int(causal), rope=rope, batch=batch,
          offsets=offsets, order=order, pad_k=pads.k if pads else None, pad_v=pads.v if pads else None,
-         pads=pads.count if pads else None)  # fmt: skip
+         pads=pads.count if pads else None, queries=queries or 0)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- contract
@@ -311,7 +319,7 @@ def _many_reference(c: Case, a: Arrays) -> Arrays:
             v = torch.cat([v, pv.expand(count, c.h, c.d)])
         out[rows] = torch.einsum("hqk,khd->qhd", s.softmax(-1), v).flatten(1)
         at, before = at + n, before + past
-    return {"out": out.numpy()}
+    return {"out": out[: c.dims.get("queries")].numpy()}
 
 
 def _many_call(c: Case, a: Arrays, out: np.ndarray):
@@ -340,7 +348,8 @@ def _many_call(c: Case, a: Arrays, out: np.ndarray):
     def run() -> None:
         pos.numpy()[:] = pasts
         k, v = (None, None) if c.dims.get("held") else (t["k"], t["v"])
-        attention(t["q"], k, v, cache, pos, dst, order=t.get("order"), pads=pads, **common, **rest)
+        attention(t["q"], k, v, cache, pos, dst, order=t.get("order"), pads=pads, queries=c.dims.get("queries"),
+                  **common, **rest)  # fmt: skip
 
     return run
 
@@ -378,7 +387,7 @@ def _rows(c: Case) -> int:
 def _run(c: Case, a: Arrays) -> Arrays:
     out = guarded(_rows(c), c.h * c.d)
     _call(c, a, out)()
-    return {"out": out}
+    return {"out": out[: c.dims.get("queries")]}
 
 
 def _torch(c: Case, a: Arrays):
@@ -438,6 +447,8 @@ register(
                         ("20+20", "0+0", 4, 4, 16, {"full": 1, "even": 1}),
                         ("5+5+5", "30+17+0", 8, 1, 32, {"full": 1, "even": 1, "rope": 1}),
                         ("37", "0", 8, 1, 16, {"full": 1, "rope": 1}),
+                        ("52", "0", 4, 4, 16, {"full": 1, "rope": 1, "queries": 21}),
+                        ("3", "60", 4, 2, 32, {"full": 1, "queries": 2}),
                         ("36+24+16", "0+0+0", 2, 2, 16, {"full": 1, "order": 1, "pads": 1}),
                         ("3+18", "16+1", 4, 2, 20, {"rope": 1}),
                         ("20+20", "13+7", 4, 2, 16, {"full": 1, "even": 1, "held": 1}),
@@ -464,6 +475,7 @@ register(
                 {"lens": "256+256+256", "pasts": "0+0+0", "h": 16, "kv": 16, "d": 72, "dtype": "bf16", "full": 1},
                 {"lens": "50", "pasts": "816", "h": 8, "kv": 1, "d": 256, "dtype": "bf16", "full": 1, "rope": 1},
                 *({"t": t, "past": p, "h": 32, "kv": 2, "d": 128, "dtype": "bf16"} for t, p in ((1, 1024), (512, 0))),
+                {"lens": "2048", "pasts": "0", "h": 16, "kv": 16, "d": 128, "dtype": "bf16", "full": 1},
             ),
         ],
         inputs=_inputs,

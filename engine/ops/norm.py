@@ -32,11 +32,13 @@ def norm(
     act: str = "none",
     rows: Tensor | None = None,
     width: int | None = None,
+    group: int | None = None,
     label: str = "",
 ) -> None:
     """out [M,K] = act(the norm of each row of x + add (f32, out may be x), * weight + bias, then the modulation's scale
     and shift). add [M,K], or [K] for every row. kind 'none': the sum as it is, without weight, bias and modulation.
     out f32 or bf16. For norms that more than one product reads; in front of one product a norm is a prologue of gemm.
+    group: each run of that many values of a row (the heads of queries and keys) is normalised for itself.
 
     width: x is a grid of M / width lines; out [(M / width + 2) * (width + 2), K] is that grid in a border of one cell
     of zeros, as a convolution reads it (gemm.Window).
@@ -63,6 +65,9 @@ def norm(
     mod = modulation
     if kind == "none" and (weight is not None or bias is not None or mod is not None):
         check.fail("weight, bias and modulation need kind 'rms' or 'layer', not 'none'")
+    if group is not None:
+        check.need(1 <= group <= k and k % group == 0, f"rows of {k} values do not divide into groups of {group}")
+        check.need(kind != "none", "a group needs kind 'rms' or 'layer'")
     if mod is not None:
         mod.fits(check, m, 0, k)
     call("norm", label, nbytes=0, x=x, ldx=x.ld, out=out, ldo=out.ld, w=weight, b=bias,
@@ -72,7 +77,7 @@ def norm(
          mod_shift=-1 if mod is None or mod.shift is None else mod.shift,
          rows=rows, m=m, k=k, kind=PROLOGUES[kind], eps=eps, add=add,
          ldadd=add.ld if add and len(add.shape) == 2 else 0, act=ACTS[act], out_dtype=SRC[out.dtype],
-         width=width or 0)  # fmt: skip
+         width=width or 0, group=group or 0)  # fmt: skip
 
 
 def _inputs(c: Case, rng: np.random.Generator) -> Arrays:
@@ -95,9 +100,10 @@ def _reference(c: Case, a: Arrays) -> Arrays:
 
     t = {k: torch.from_numpy(v).double() for k, v in a.items() if v.dtype == np.float32}
     x = t["x"] + t["add"] if "add" in t else t["x"]
+    y = x.unflatten(-1, (-1, c.dims.get("group", c.k)))
     y = {"none": lambda v: v, "layer": lambda v: layer_norm(v, 1e-5), "rms": lambda v: rms_norm(v, 1.0, 1e-5)}[c.norm](
-        x
-    )
+        y
+    ).flatten(-2)
     if "weight" in t:
         y = y * t["weight"] + t["bias"]
     if "mod" in t:
@@ -128,6 +134,7 @@ def _call(c: Case, a: Arrays, out: np.ndarray):
         modulation=mod,
         act=c.dims.get("act", "none"),
         width=c.dims.get("width"),
+        group=c.dims.get("group"),
     )
 
 
@@ -140,8 +147,9 @@ def _run(c: Case, a: Arrays) -> Arrays:
 def _torch(c: Case, a: Arrays):
     import torch
 
-    x = torch.from_numpy(a["x"])
-    return lambda: torch.nn.functional.layer_norm(x, (c.k,))
+    x, size = torch.from_numpy(a["x"]), (c.dims.get("group", c.k),)
+    call = torch.nn.functional.rms_norm if c.norm == "rms" else torch.nn.functional.layer_norm
+    return lambda: call(x.unflatten(-1, (-1, *size)), size)
 
 
 register(
@@ -157,14 +165,19 @@ register(
                 {"m": 12, "k": 32, "norm": "rms", "affine": 1, "act": "silu", "width": 4},
                 {"m": 7, "k": 48, "norm": "none", "width": 7},
                 {"m": 6, "k": 96, "norm": "rms", "affine": 1, "act": "silu", "width": 2, "dtype": "bf16"},
-                {"m": 9, "k": 64, "norm": "layer", "mod": 1, "dtype": "bf16"}),
+                {"m": 9, "k": 64, "norm": "layer", "mod": 1, "dtype": "bf16"},
+                {"m": 5, "k": 96, "norm": "rms", "affine": 1, "group": 32},
+                {"m": 7, "k": 160, "norm": "layer", "mod": 1, "group": 40},
+                {"m": 4, "k": 64, "norm": "rms", "affine": 1, "group": 16, "width": 2, "dtype": "bf16"}),
             *cases("odd", *({"m": 3, "k": k, "norm": n, "affine": 1, "mod": 1} for n in KINDS[1:] for k in (1, 7, 301)),
                    *({"m": 3, "k": k, "norm": "none", "act": a}
                      for k, a in ((7, "relu"), (301, "quick_gelu"), (5, "none"))),
                    {"m": 5, "k": 19, "norm": "rms", "width": 1, "dtype": "bf16"},
-                   {"m": 3, "k": 37, "norm": "none", "add": 1, "dtype": "bf16"}),
+                   {"m": 3, "k": 37, "norm": "none", "add": 1, "dtype": "bf16"},
+                   {"m": 3, "k": 21, "norm": "rms", "affine": 1, "group": 7}),
             *cases("real", {"m": 114, "k": 1024, "norm": "layer", "affine": 1},
-                   {"m": 196, "k": 768, "norm": "layer", "affine": 1, "act": "silu"}),
+                   {"m": 196, "k": 768, "norm": "layer", "affine": 1, "act": "silu"},
+                   {"m": 1590, "k": 4096, "norm": "rms", "affine": 1, "group": 128}),
         ],
         inputs=_inputs,
         reference=_reference,

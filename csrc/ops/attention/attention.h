@@ -8,6 +8,7 @@
 // What offsets and order hold is the caller's business: it is not checked.
 // rope [ctx, d]: cosines of d/2 angles, then sines; q and k turn by the row of their position, channels (i, i + d/2).
 // pad_k, pad_v [kv_heads*d]: one more key and value that sequence b sees pads[b] times.
+// queries > 0: only the first that many rows of a sequence have a query; of the others out keeps what it held.
 // q null: nothing but the append. k null: nothing is appended, and every row sees the pos positions of the cache, of
 // which there is one at least (causal 0, no rope).
 // ws: attention_workspace() bytes, for the partial results of split contexts (batch 1, causal or not, no pads).
@@ -21,7 +22,7 @@ namespace engine {
   F(float*, out) F(int64_t, ldo) F(uint8_t*, ws) F(const int32_t*, rows) F(int64_t, m) F(int64_t, heads)      \
   F(int64_t, kv_heads) F(int64_t, d) F(float, scale) F(int32_t, causal) F(const float*, rope)                  \
   F(int64_t, batch) F(const int32_t*, offsets) F(const int32_t*, order) F(const float*, pad_k)                \
-  F(const float*, pad_v) F(const int32_t*, pads)
+  F(const float*, pad_v) F(const int32_t*, pads) F(int64_t, queries)
 ENGINE_PARAMS(AttentionParams, ENGINE_ATTENTION_PARAMS)
 
 constexpr int64_t kAttentionSplit = 256;    // positions per task in decode: fixed, so results do not depend on threads

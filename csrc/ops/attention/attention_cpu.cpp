@@ -112,6 +112,9 @@ void append_panel(const AttentionParams& p, const Geometry& g, int64_t at, int64
   }
 }
 
+// Rows of a sequence of m that have a query.
+int64_t asking(const AttentionParams& p, int64_t m) { return p.queries ? imin(m, p.queries) : m; }
+
 // The last position that row t sees, plus one.
 int64_t end_of(const AttentionParams& p, const Geometry& g, int64_t t) {
   return g.pos + (!p.k ? 0 : p.causal ? t + 1 : g.m);
@@ -247,19 +250,19 @@ void attention(const AttentionParams& p, Ctx& ctx) {
   barrier(ctx);
   const int64_t share = p.heads / p.kv_heads;
   const int64_t per_task = kTilesPerTask * max_rows(p.format);
-  const int64_t groups = ceil_div(p.m * share, per_task);
+  const int64_t groups = ceil_div(asking(p, p.m) * share, per_task);
   const Geometry one = geometry(p, 0);
   const int64_t length = end_of(p, one, one.m - 1);
   const bool split = p.batch == 1 && one.m <= kAttentionSplitRows && !one.pads;
   const int64_t splits = split ? ceil_div(length, kAttentionSplit) : 1;
   float* partial = splits > 1 ? reinterpret_cast<float*>(p.ws) : nullptr;
-  const int64_t row_floats = p.d + 2, rows = one.m * share;
+  const int64_t row_floats = p.d + 2, rows = asking(p, one.m) * share;
   for (int64_t task; (task = claim(ctx)) < p.batch * p.kv_heads * groups * splits;) {
     const int64_t s = task % splits, h = task / splits % p.kv_heads;
     const Geometry g = geometry(p, task / splits / p.kv_heads / groups);
     // Late rows see the longest context: hand them out first.
     const int64_t gi = groups - 1 - task / splits / p.kv_heads % groups;
-    const int64_t r0 = gi * per_task, r1 = imin(r0 + per_task, g.m * share);
+    const int64_t r0 = gi * per_task, r1 = imin(r0 + per_task, asking(p, g.m) * share);
     if (r0 >= r1) continue;
     attend(p, g, h, r0, r1, s * kAttentionSplit,
            splits > 1 ? imin((s + 1) * kAttentionSplit, length) : end_of(p, g, g.m - 1), ctx.scratch,

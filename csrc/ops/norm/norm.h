@@ -2,6 +2,7 @@
 // kind: kProRmsNorm | kProLayerNorm | kProNone (as it is). add is a row per row of x, or one for all where ldadd is 0.
 // For norms whose result is more than one product's input; a norm in front of one product is a prologue of gemm.
 // x, add f32, out f32 or bf16 (out may be x; add may be null); w, b [K] or null; modulation as in csrc/ops/gemm/gemm.h.
+// group > 0: each run of that many values of a row, of which a row holds a whole number, is normalised for itself.
 // width > 0: the rows are the cells of a grid, width in a line; out is that grid in a border of one cell of zeros.
 #pragma once
 #include "base/params.h"
@@ -12,7 +13,7 @@ namespace engine {
   F(const void*, mod) F(int64_t, ldmod) F(int32_t, mod_dtype) F(const int32_t*, mod_rows)                  \
   F(int64_t, mod_scale) F(int64_t, mod_shift) F(const int32_t*, rows) F(int64_t, m) F(int64_t, k)          \
   F(int32_t, kind) F(float, eps) F(const float*, add) F(int64_t, ldadd) F(int32_t, act)       \
-  F(int32_t, out_dtype) F(int64_t, width)
+  F(int32_t, out_dtype) F(int64_t, width) F(int64_t, group)
 ENGINE_PARAMS(NormParams, ENGINE_NORM_PARAMS)
 
 // Row of x of output row t of a bordered grid, or -1 on the border.

@@ -15,8 +15,8 @@ constexpr int64_t kTask = 4096;  // values
 // Row t of x, normalised, to out, which may be x.
 void norm_one(const NormParams& p, int64_t t, float* out) {
   const int64_t mod = (p.mod_rows ? p.mod_rows[t] : 0) * p.ldmod;
-  const auto part = [&](int64_t column) {
-    return p.mod && column >= 0 ? span_at(p.mod, p.mod_dtype, mod + column) : Span();
+  const auto part = [&](int64_t column, int64_t i) {
+    return p.mod && column >= 0 ? span_at(p.mod, p.mod_dtype, mod + column + i) : Span();
   };
   const float* x = p.x + t * p.ldx;
   if (p.add) {
@@ -26,7 +26,11 @@ void norm_one(const NormParams& p, int64_t t, float* out) {
     x = out;
   }
   if (p.kind != kProNone) {
-    norm_row({p.kind, p.w, p.b, part(p.mod_scale), part(p.mod_shift), p.eps}, x, p.k, out);
+    const int64_t group = p.group ? p.group : p.k;
+    for (int64_t i = 0; i < p.k; i += group)
+      norm_row(
+          {p.kind, p.w ? p.w + i : nullptr, p.b ? p.b + i : nullptr, part(p.mod_scale, i), part(p.mod_shift, i), p.eps},
+          x + i, group, out + i);
     x = out;
   }
   if (p.act != kActNone || x != out)

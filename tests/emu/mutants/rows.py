@@ -94,7 +94,7 @@ MUTANTS += [
         NORM,
         "norm",
         "border keeps what it held",
-        "if (t < 0) {\n    for (int64_t i = threadIdx.x; i < p.k; i += kThreads) put(i, 0.f);",
+        "if (t < 0) {\n    for (int64_t i = from + lane; i < from + k; i += Lanes) put(i, 0.f);",
         "if (t < 0) {",
     ),
     Mutant(NORM, "norm", "border not told from cells", "p.width ? norm_cell(row, p.width, m) : row", "row"),
@@ -104,6 +104,10 @@ MUTANTS += [
     Mutant(NORM, "norm", "normed where none is asked", "if (p.kind != kProNone) {", "if (true) {"),
     Mutant(NORM, "norm", "one sum for every row", "p.add + t * p.ldadd", "p.add"),
     Mutant(NORM, "norm", "early read", "  wait_for_previous();", "  "),
+    Mutant(NORM, "norm", "every group the first", "from = unit % parts * k", "from = 0 * k"),
+    Mutant(NORM, "norm", "a row of one group", "row = unit / parts", "row = unit"),
+    Mutant(NORM, "norm", "groups share a norm", "    k = p.group;\n", ""),
+    Mutant(NORM, "norm", "last groups lost", "(units + kWarps - 1) / kWarps", "units / kWarps"),
 ]
 
 CONV = "ops/conv/conv.cu"
