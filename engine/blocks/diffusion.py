@@ -14,3 +14,8 @@ def time_sinusoid(timestep: float, width: int, dtype: type[np.floating] = np.flo
     exponent = -np.log(dtype(10000)) * np.arange(half, dtype=dtype) / dtype(half)
     angle = dtype(timestep) * np.exp(exponent.astype(np.float64)).astype(dtype)  # exp is rounded once
     return np.concatenate([np.cos(angle), np.sin(angle)])
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x), of any floating dtype."""
+    return x / (1 + np.exp(-x))

@@ -2,89 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _dreambooth import CONFIG, TIME, adapter, det, golden, latent, states, views, weights
 from torch import Tensor
 
 from engine.errors import ConfigError, InputError
-from engine.io.checkpoint import SafetensorsFile
 from engine.models.dreambooth3d import reference as m
 from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 from engine.models.dreambooth3d.schedule import bucket, latent_frames, noise_levels, rotation_angles
 from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
 
-GOLDEN = Path(__file__).resolve().parents[1] / "data/dreambooth3d/golden.safetensors"
-CONFIG = DitConfig(64, 2, 3, 2, 256, 8, 17, 48, 1472, 40, (8, 12, 12))
-RANK, TIME = 4, 812.5
 NEAR = {"atol": 2e-5, "rtol": 0}
-
-
-def det(name: str, shape: tuple[int, ...], scale: float) -> Tensor:
-    """The golden data's values: a hash of the name and of each element's number, uniform with this deviation."""
-    with np.errstate(over="ignore"):
-        x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761) + np.uint32(
-            zlib.crc32(name.encode())
-        )
-        x ^= x >> np.uint32(16)
-        x *= np.uint32(2246822519)
-        x ^= x >> np.uint32(13)
-        x *= np.uint32(3266489917)
-        x ^= x >> np.uint32(16)
-    u = x.astype(np.float64) / 2**32
-    return torch.from_numpy(((2 * u - 1) * 3**0.5 * scale).astype(np.float32)).reshape(shape)
-
-
-@functools.cache
-def weights() -> dict[str, Tensor]:
-    out = {}
-    for name, shape in dit_shapes(CONFIG).items():
-        if len(shape) > 1:
-            out[name] = det(name, shape, 0.8 / float(np.prod(shape[1:])) ** 0.5)
-        else:
-            out[name] = det(name, shape, 0.1) + name.endswith("weight")
-    return out
-
-
-def adapter(kind: str, modules: tuple[str, ...]) -> dict[str, Tensor]:
-    out = {}
-    for name, shape in adapter_shapes(CONFIG, RANK, modules).items():
-        fan = float(np.prod(shape[1:]))
-        out[name] = det(f"{kind}:{name}", shape, 0.8 / fan**0.5 if "lora_A" in name else 0.05)
-    return out
 
 
 def adapters(text: str | Tensor = "off") -> m.Adapters:
     return m.Adapters(adapter("tdb", KINDS["subject"]), adapter("tdapter", KINDS["views"]), text)
 
 
-def views(count: int = 2) -> list[Tensor]:
-    return [det(f"in.ref{i}", (8, 4, 6), 1) for i in range(count)]
-
-
-def states(row: str) -> Tensor:
-    return det(f"in.txt.{row}", (20, 48), 1)[: {"uncond": 5, "cond": 9}[row]]
-
-
-def latent() -> Tensor:
-    return det("in.latent", (8, 3, 4, 6), 1)
-
-
 def both(w: dict[str, Tensor], given: list[Tensor], how: m.Adapters, time: float = TIME) -> Tensor:
     """[2, z, T, h, w] of the negative and the positive prompt."""
     rows = [m.velocity(w, CONFIG, latent(), time, states(row), given, how) for row in ("uncond", "cond")]
     return torch.stack(rows)
-
-
-@functools.cache
-def golden(name: str) -> Tensor:
-    with SafetensorsFile(GOLDEN) as file:
-        return torch.from_numpy(np.array(file.read(name)))
 
 
 @pytest.mark.parametrize(

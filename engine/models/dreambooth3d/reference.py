@@ -19,10 +19,9 @@ from engine.blocks.diffusion import time_sinusoid
 from engine.blocks.diffusion_reference import turn
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.schedule import noise_levels, rotation_angles
-from engine.models.dreambooth3d.weights import EMBED
+from engine.models.dreambooth3d.weights import EMBED, GLYPH_EPS
 
 Weights = Mapping[str, Tensor]
-GLYPH_EPS = 1e-5  # of the norm in front of ByT5's states
 TEXT, GLYPH, VISION = range(3)  # rows of cond_type_embedding
 
 
@@ -40,11 +39,12 @@ class Adapters:
     text: str | Tensor = "off"
     scale: float = 1.0
 
-    def share(self, count: int) -> Tensor | None:
-        """[count, 1] of the subject's change at each text token; None: nowhere."""
+    @property
+    def share(self) -> Tensor | float | None:
+        """[n, 1] of the subject's change at each text token, or 1 at all of them; None: nowhere."""
         if isinstance(self.text, Tensor):
             return self.text[:, None].float()
-        return torch.ones(count, 1) if self.text == "all" else None
+        return 1.0 if self.text == "all" else None
 
 
 def linear(w: Weights, name: str, x: Tensor, adapter: Weights | None = None, share: Tensor | float = 1.0) -> Tensor:
@@ -133,8 +133,11 @@ class Stream:
         return linear(w, f"{block}.{self.kind}_{name}", x, self.adapter, self.share)
 
 
-def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream]) -> list[Stream]:
-    """The streams behind a block: attention over all of their tokens together, everything else for itself."""
+def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream], one_way: bool = False) -> list[Stream]:
+    """The streams behind a block: attention over all of their tokens together, everything else for itself.
+
+    one_way: streams between the first and the last, which are references, see only one another.
+    """
     mods, parts = [], []
     for s in streams:
         mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6))
@@ -146,7 +149,12 @@ def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream]) -> lis
         if s.angles is not None:
             q, k = turn(q, s.angles), turn(k, s.angles)
         parts.append((q, k, v))
-    mixed = attend(*(torch.cat(part, 1) for part in zip(*parts))).split([len(s.x) for s in streams])
+    q, k, v = (torch.cat(part, 1) for part in zip(*parts))
+    sizes = [len(s.x) for s in streams]
+    mixed = attend(q, k, v).split(sizes)
+    if one_way and len(streams) > 2:
+        views = slice(sizes[0], len(q[0]) - sizes[-1])
+        mixed = (mixed[0], *attend(q[:, views], k[:, views], v[:, views]).split(sizes[1:-1]), mixed[-1])
     out = []
     for s, (_, _, g1, shift, scale, g2), o in zip(streams, mods, mixed):
         x = s.x + g1 * s.product(w, name, "attn_proj", o)
@@ -176,7 +184,7 @@ def begin(
         x, angles = tokens(view[:, None], adapters.views, i)
         streams.append(Stream(x, "img", still, angles, adapters.views))
     x = text_tokens(w, c, states, timestep, glyphs)
-    share = adapters.share(len(x))
+    share = adapters.share
     streams.append(
         Stream(x, "txt", vec, None, None if share is None else adapters.subject, 1.0 if share is None else share)
     )
@@ -185,16 +193,17 @@ def begin(
 
 def velocity(
     w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
-    adapters: Adapters = Adapters(), glyphs: Tensor | None = None,
+    adapters: Adapters = Adapters(), glyphs: Tensor | None = None, one_way: bool = False,
 ) -> Tensor:  # fmt: skip
     """The velocity [z, T, h, w] of a noisy latent [z, T, h, w] at a timestep in [0, 1000].
 
     states [n, text_dim]: of the prompt's tokens. views: clean latents [z, h, w] of the references, whose order tells
-    their times: they see the video and the text, which see them, at timestep 0. glyphs: see `text_tokens`.
+    their times: they see the video and the text, which see them, at timestep 0. glyphs: see `text_tokens`. one_way:
+    see `block`.
     """
     streams = begin(w, c, latent, timestep, states, views, adapters, glyphs)
     for i in range(c.layers):
-        streams = block(w, c, f"double_blocks.{i}", streams)
+        streams = block(w, c, f"double_blocks.{i}", streams, one_way)
     video = streams[0]
     shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2)
     out = linear(w, "final_layer.linear", norm(video.x, c.eps) * (1 + scale) + shift)
@@ -221,9 +230,10 @@ def sample(
 
 def one_frame_loss(
     w: Weights, c: DitConfig, clean: Tensor, noise: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor],
-    adapters: Adapters,
+    adapters: Adapters, *, one_way: bool = False,
 ) -> Tensor:  # fmt: skip
     """Of personalisation: squared error of the velocity `noise - clean` [z, 1, h, w] of one photo."""
     level = timestep / 1000
-    got = velocity(w, c, (1 - level) * clean + level * noise, timestep, states, views, adapters)
-    return F.mse_loss(got, noise - clean)
+    noisy = (1 - level) * clean + level * noise
+    got = velocity(w, c, noisy, timestep, states, views, adapters, one_way=one_way)
+    return F.mse_loss(got.float(), noise - clean)

@@ -15,6 +15,7 @@ ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_proj")
 VIEW_MODULES = tuple(f"img_{name}" for name in (*ATTENTION, "mlp.fc1", "mlp.fc2"))
 SUBJECT_MODULES = (*VIEW_MODULES, *(name.replace("img", "txt") for name in VIEW_MODULES))
 EMBED = "img_in.proj"
+GLYPH_EPS = 1e-5  # of the norm in front of ByT5's states
 GLYPH_WIDTH = 2048  # of the hidden layers in front of quoted texts, whatever the transformer's width
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.blocks.diffusion import time_sinusoid
+from engine.blocks.diffusion import silu, time_sinusoid
 from engine.blocks.weights import Packer, Recipe
 from engine.errors import CheckpointError
 from engine.io.checkpoint import MappedSource, Source, expect
@@ -356,9 +356,9 @@ class DitLoader(Packer):
         """f64 [6, d] of the timestep."""
         timestep, _, _ = noise_level(self.tap.timestep, self.tap.shift)
         e = self.linear(
-            "time_embedding.2", _silu(self.linear("time_embedding.0", time_sinusoid(timestep, self.c.freq_dim)))
+            "time_embedding.2", silu(self.linear("time_embedding.0", time_sinusoid(timestep, self.c.freq_dim)))
         )
-        return self.linear("time_projection.1", _silu(e)).reshape(6, self.c.dim)
+        return self.linear("time_projection.1", silu(e)).reshape(6, self.c.dim)
 
     def context(self, prompt: np.ndarray) -> np.ndarray:
         """f64 [n + 1, d]: the prompt's tokens, and what a row of padding becomes."""
@@ -490,10 +490,6 @@ class DitLoader(Packer):
             self.put("rope", (rows * columns, c.head_dim), lambda: np.concatenate([np.cos(angles), np.sin(angles)], 1)),
             blocks, c.text_len - len(prompt), len(prompt), self.vace(hints) if c.kind == "vace" else None,
         )  # fmt: skip
-
-
-def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
 
 
 def _gelu_tanh(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,141 @@
+"""From states of prompts and latents of references to a clean latent: what is kept between requests, and the steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from engine.blocks.lru import Lru
+from engine.errors import InputError
+from engine.models.dreambooth3d.dit import Denoiser, Shape
+from engine.models.dreambooth3d.dit_weights import TimeTables
+from engine.runtime.plan import Plan, capture
+
+TEXT_CACHE = 1 << 30  # bytes of refined tokens
+
+
+class Sampler:
+    """Requests to a Denoiser, one after another. All arrays f32.
+
+    plans: where the plans are kept, by name: those of texts now, those of a shape when it is first asked for.
+    """
+
+    def __init__(self, denoiser: Denoiser, tables: TimeTables, plans: dict[str, Plan]) -> None:
+        self._d, self._tables, self._plans = denoiser, tables, plans
+        self._texts = Lru[np.ndarray](TEXT_CACHE)
+        self._sigmas = np.zeros(0)
+        self._placed: tuple[Shape, str] | None = None  # the shape, and what has run of its references
+        for name, step in denoiser.text_steps().items():
+            plans[name] = capture(step, name)
+
+    # ------------------------------------------------------------------------------------------ texts
+    def tokens(self, sigmas: np.ndarray, states: np.ndarray, glyphs: np.ndarray | None = None) -> np.ndarray:
+        """[steps, n, D]: states [n, text_dim] of a prompt refined for each step, behind the tokens of quoted texts'
+        glyphs [m, glyph_dim].
+
+        Raises: InputError for no states, and for more tokens than there is room for.
+        """
+        d, quoted = self._d, 0 if glyphs is None else len(glyphs)
+        n = len(states)
+        if not n or n + quoted > d.text:
+            raise InputError(f"a prompt of {n + quoted} tokens; this load has room for 1 to {d.text} (text= at load)")
+        key = _key(sigmas, states, np.zeros((0, 1)) if glyphs is None else glyphs)
+        if (found := self._texts.get(key)) is not None:
+            return found
+        out = np.empty((len(sigmas) - 1, quoted + n, d.c.width), np.float32)
+        if glyphs is not None and quoted:
+            d.glyphs.rows(0, quoted).write(glyphs)
+            d.count.write(np.array([quoted], np.int32))
+            self._plans["glyphs"].replay()
+            out[:, :quoted] = d.refined.rows(0, quoted).host()
+        d.states.rows(0, n).write(states)
+        d.count.write(np.array([n], np.int32))
+        self._plans["read"].replay()
+        for i, gates in enumerate(self._tables.gates(sigmas[:-1], states)):
+            d.place_gates(gates)
+            self._plans["refine"].replay()
+            out[i, quoted:] = d.refined.rows(0, n).host()
+        self._texts.put(key, out, out.nbytes)
+        return out
+
+    # ------------------------------------------------------------------------------------------ steps
+    def forget_subject(self) -> None:
+        """The weights or the references have changed."""
+        self._placed = None
+
+    def place_views(self, views: np.ndarray) -> None:
+        """Clean latents [references, cells, channels], in the order of their times."""
+        self.forget_subject()
+        self._d.views.rows(0, views.shape[0] * views.shape[1]).write(views.reshape(-1, views.shape[-1]))
+
+    def sample(
+        self, shape: Shape, noise: np.ndarray, sigmas: np.ndarray, guidance: float, texts: list[np.ndarray], *,
+        refresh: int = 1, one_way: bool = False, each: Callable[[int, np.ndarray], bool] | None = None,
+    ) -> np.ndarray | None:  # fmt: skip
+        """The clean latent [video, channels] from noise of that shape; texts: tokens of each branch's prompt.
+
+        refresh: the references run in every such step, and in the others keep their keys and values: an approximation
+        beyond 1. one_way: the references see only themselves, and run once per subject: for adapters trained so.
+        each: called behind every step with its number and the latent; where it returns False, the rest is left out and
+        the result is None.
+        """
+        d, steps = self._d, len(sigmas) - 1
+        kept = bool(shape.views) and (one_way or refresh > 1)
+        if kept and d.kept < (1 if one_way else shape.branches):
+            raise InputError(
+                "references that are kept between steps need room for their keys and values: kept= at load"
+            )
+        self._prepare(shape, sigmas, kept, one_way)
+        d.place_moves(sigmas, guidance, shape.branches)
+        for branch, tokens in zip(range(2 - shape.branches, 2), texts, strict=True):
+            d.place_text(branch, tokens, shape)
+        latent = d.latent.rows(0, shape.video)
+        latent.write(noise)
+        whole, short = (self._plans.get(f"{kind}.{shape.name}") for kind in ("step", "kept"))
+        for i in range(steps):
+            d.place_step(i)
+            plan = short if kept and (one_way or i % refresh) else whole
+            assert plan is not None
+            plan.replay()
+            if each is not None and not each(i, latent.read()):
+                return None
+        return latent.read()
+
+    def _prepare(self, shape: Shape, sigmas: np.ndarray, kept: bool, one_way: bool) -> None:
+        """Schedule, positions and plans of a request, where they differ from the last one's."""
+        d = self._d
+        d.fits(shape)
+        if not np.array_equal(sigmas, self._sigmas):
+            self._sigmas = np.zeros(0)
+            d.place_schedule(len(sigmas) - 1, self._tables.modulations(sigmas[:-1]))
+            self._sigmas = sigmas.copy()
+        wanted: dict[str, Callable[[], Callable[[], None]]] = {}
+        if not (kept and one_way):
+            wanted["step"] = partial(d.step, shape)
+        if kept:
+            wanted["kept"] = partial(d.step, shape, kept=True)
+        first = ""  # the plan of the references alone
+        if shape.views and one_way and kept:
+            first, wanted["alone"] = "alone", partial(d.keep_views, shape, alone=True)
+        elif shape.views and d.savings.shared:
+            first, wanted["views"] = "views", partial(d.keep_views, shape)
+        for kind, make in wanted.items():
+            name = f"{kind}.{shape.name}"
+            if name not in self._plans:
+                self._plans[name] = capture(make(), name)
+        if (shape, first) != self._placed:
+            self._placed = None
+            d.place_shape(shape)
+            if first:
+                self._plans[f"{first}.{shape.name}"].replay()
+            self._placed = (shape, first)
+
+
+def _key(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for x in arrays:
+        found.update(str(x.shape).encode() + np.ascontiguousarray(x).tobytes())
+    return found.hexdigest()

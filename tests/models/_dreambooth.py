@@ -1,0 +1,119 @@
+"""A tiny transformer of 3DreamBooth with weights by a hash of their names, as the golden data has them."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from _source import Tensors
+from torch import Tensor
+
+from engine.blocks.weights import Recipe
+from engine.io.checkpoint import SafetensorsFile
+from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.dit import Denoiser, Savings
+from engine.models.dreambooth3d.dit_weights import DitLoader, Subject, TimeTables
+from engine.models.dreambooth3d.sampler import Sampler
+from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
+from engine.runtime.arena import Arena
+from engine.runtime.plan import Plan
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data/dreambooth3d/golden.safetensors"
+CONFIG = DitConfig(64, 2, 3, 2, 256, 8, 17, 48, 1472, 40, (8, 12, 12))
+RANK, TIME = 4, 812.5
+
+
+def det(name: str, shape: tuple[int, ...], scale: float) -> Tensor:
+    """The golden data's values: a hash of the name and of each element's number, uniform with this deviation."""
+    with np.errstate(over="ignore"):
+        x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761) + np.uint32(
+            zlib.crc32(name.encode())
+        )
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(2246822519)
+        x ^= x >> np.uint32(13)
+        x *= np.uint32(3266489917)
+        x ^= x >> np.uint32(16)
+    u = x.astype(np.float64) / 2**32
+    return torch.from_numpy(((2 * u - 1) * 3**0.5 * scale).astype(np.float32)).reshape(shape)
+
+
+@functools.cache
+def weights(c: DitConfig = CONFIG) -> dict[str, Tensor]:
+    out = {}
+    for name, shape in dit_shapes(c).items():
+        if len(shape) > 1:
+            out[name] = det(name, shape, 0.8 / float(np.prod(shape[1:])) ** 0.5)
+        else:
+            out[name] = det(name, shape, 0.1) + name.endswith("weight")
+    return out
+
+
+@functools.cache
+def adapter(kind: str, modules: tuple[str, ...], c: DitConfig = CONFIG) -> dict[str, Tensor]:
+    out = {}
+    for name, shape in adapter_shapes(c, RANK, modules).items():
+        fan = float(np.prod(shape[1:]))
+        out[name] = det(f"{kind}:{name}", shape, 0.8 / fan**0.5 if "lora_A" in name else 0.05)
+    return out
+
+
+def views(count: int = 2) -> list[Tensor]:
+    return [det(f"in.ref{i}", (8, 4, 6), 1) for i in range(count)]
+
+
+def states(row: str) -> Tensor:
+    return det(f"in.txt.{row}", (20, 48), 1)[: {"uncond": 5, "cond": 9}[row]]
+
+
+def latent() -> Tensor:
+    return det("in.latent", (8, 3, 4, 6), 1)
+
+
+@functools.cache
+def golden(name: str) -> Tensor:
+    with SafetensorsFile(GOLDEN) as file:
+        return torch.from_numpy(np.array(file.read(name)))
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+def as_source(tensors: dict[str, Tensor]) -> Tensors:
+    return Tensors({k: v.detach().numpy() for k, v in tensors.items()})
+
+
+def as_rows(z: Tensor) -> np.ndarray:
+    """[z, T, h, w] or [z, h, w] as rows of cells."""
+    return np.ascontiguousarray(z.flatten(1).T.numpy())
+
+
+class Tiny:
+    """The golden transformer as the engine runs it."""
+
+    def __init__(
+        self, *, subject: Subject | None = None, c: DitConfig = CONFIG, dtype: str = "f32", quant: str | None = None,
+        savings: Savings | None = None, kept: int = 0, image: int = 160, references: int = 96, text: int = 16,
+        steps: int = 6,
+    ) -> None:  # fmt: skip
+        self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
+        source = as_source(weights(c))
+        self.loader = DitLoader(c, source, self.arena, Recipe(dtype, quant))
+        self.weights = self.loader.load()
+        kv = "f32" if dtype == "f32" and quant is None else "bf16"
+        self.denoiser = Denoiser(self.arena, c, self.weights, image=image, references=references, text=text,
+                                 steps=steps, kv_format=kv, savings=savings or Savings(), kept=kept)  # fmt: skip
+        for _ in self.loader.adapt(subject or Subject()):
+            pass
+        self.sampler = Sampler(self.denoiser, TimeTables(c, source), self.plans)
+
+    def texts(self, sigmas: np.ndarray, *rows: str) -> list[np.ndarray]:
+        return [self.sampler.tokens(sigmas, states(row).numpy()) for row in rows]
+
+
+def joint(text: bool = False) -> Subject:
+    """Both adapters of the golden data."""
+    return Subject(as_source(adapter("tdb", KINDS["subject"])), as_source(adapter("tdapter", KINDS["views"])), text)
