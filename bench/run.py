@@ -1,4 +1,4 @@
-"""./run bench [ops|gemm|slice|full|flow|motok|vega3d|reaction|model|plan|predict|gpu|readme] ...: see --help.
+"""./run bench [ops|gemm|slice|full|flow|motok|vega3d|dreambooth3d|reaction|model|plan|predict|gpu|readme] ...: --help.
 
 Alone: ops."""
 
@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> None:
     vega3d = verbs.add_parser("vega3d", help="VEGA-3D's generator at full size against diffusers, and its fusion")
     vega3d.add_argument("kinds", nargs="*", choices=["bf16", "int8", []], default=[])
     vega3d.add_argument("--rounds", type=int, default=3)
+    dream = verbs.add_parser(
+        "dreambooth3d", help="3DreamBooth's transformer on a slice at real width against torch and diffusers"
+    )
+    dream.add_argument("kinds", nargs="*", choices=["bf16", "int8", []], default=[])
+    dream.add_argument("--rounds", type=int, default=3)
     reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
     reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
     reaction.add_argument("--episodes", type=int, default=200)
@@ -87,6 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         from bench.vega3d import main as run_vega3d
 
         run_vega3d(a.kinds or ["bf16"], a.rounds)
+    elif a.suite == "dreambooth3d":
+        from bench.dreambooth3d import main as run_dreambooth3d
+
+        run_dreambooth3d(a.kinds or ["bf16"], a.rounds)
     elif a.suite == "reaction":
         from bench.reaction import main as run_reaction
 
