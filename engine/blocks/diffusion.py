@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+NORM_EPS = 1e-26  # of the VAEs' norms, which only keep zero rows from dividing by zero
+
 
 def time_sinusoid(timestep: float, width: int, dtype: type[np.floating] = np.float64) -> np.ndarray:
     """[width]: cosines, then sines, of timestep * 10000^(-2i / width), every step of it in `dtype`.

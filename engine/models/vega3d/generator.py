@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.blocks.diffusion import NORM_EPS
 from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
 from engine.models.vega3d.generator_weights import (
-    RMS_EPS,
     Conv,
     DitBlock,
     DitWeights,
@@ -278,7 +278,7 @@ class Generator:
         if gamma is None:
             norm(x, out, kind="none", width=width, label=label)
         else:
-            norm(x, out, kind="rms", weight=gamma, eps=RMS_EPS, act="silu", width=width, label=label)
+            norm(x, out, kind="rms", weight=gamma, eps=NORM_EPS, act="silu", width=width, label=label)
         return out
 
     def _conv(
@@ -316,7 +316,7 @@ class Generator:
     def _attend(self, x: Tensor, s: Stage, w: VaeAttention) -> None:
         d = s.cin
         qkv, mixed = self._h.slice(0, (x.shape[0], 3 * d)), self._other(x, x.shape[0], d)
-        gemm(x, w.qkv.w, qkv, prologue="rms", norm=w.norm, eps=RMS_EPS, bias=w.qkv.bias, ws=self._ws,
+        gemm(x, w.qkv.w, qkv, prologue="rms", norm=w.norm, eps=NORM_EPS, bias=w.qkv.bias, ws=self._ws,
              label=f"vae.{s.name}.qkv")  # fmt: skip
         q, k, v = (qkv.columns(i * d, d) for i in range(3))
         attention(q, k, v, self._vae_kv, self._zero.slice(0, (1,)), mixed, heads=1, causal=False, ws=self._ws,

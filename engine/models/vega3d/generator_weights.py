@@ -24,8 +24,6 @@ from engine.ops.attention import KVCache, Pads
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
 
-RMS_EPS = 1e-26  # of the VAE's norms, which only keep zero rows from dividing by zero
-
 _COMFY: list[Rule] = [("model.diffusion_model.", ""), ("generative_encoder.tower.model.", "")]
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", r"to_out\.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 
