@@ -216,7 +216,7 @@ def test_target_sizes() -> None:
      ({"block_out_channels": 128}, "block_out_channels"), ({"in_channels": 4}, "in_channels"),
      ({"downsample_match_channel": False}, "downsample_match_channel"), ({"ffactor_spatial": 12}, "power of two"),
      ({"ffactor_temporal": 16, "ffactor_spatial": 8}, "compressed"), ({"shift_factor": 0.1}, "shift_factor"),
-     ({"ffactor_spatial": 8, "block_out_channels": [128, 256, 512, 1024, 512]}, "does not halve")],
+     ({"ffactor_spatial": 8, "block_out_channels": [128, 256, 512, 1024, 512]}, "on one grid")],
 )  # fmt: skip
 def test_wrong_vae_configurations(change: dict, named: str) -> None:
     assert VaeConfig.from_json({}) == VaeConfig()

@@ -166,9 +166,10 @@ class VaeConfig:
             integer("vae.latent_channels", o.get("latent_channels", d.z), 1, 1024), spatial, temporal,
             number("vae.scaling_factor", o.get("scaling_factor", d.scaling), 1e-6, 1e6),
         )  # fmt: skip
-        for i, ((space, _), (before, behind)) in enumerate(zip(out.halvings, pairwise(widths))):
-            if not space and before != behind:
-                raise ConfigError(f"vae: level {i} changes {before} channels to {behind} and does not halve the grid")
+        for order in (widths, widths[::-1]):  # the decoder's first levels double what the encoder's first ones halve
+            for i, ((space, _), (before, behind)) in enumerate(zip(out.halvings, pairwise(order))):
+                if not space and before != behind:
+                    raise ConfigError(f"vae: level {i} changes {before} channels to {behind} on one grid")
         # Shortcuts without weights repeat channels, or average groups of them.
         groups = [(widths[-1], 2 * out.z)]
         for (space, time), (before, behind) in zip(out.halvings, pairwise(widths)):
