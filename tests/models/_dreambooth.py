@@ -13,11 +13,14 @@ from torch import Tensor
 
 from engine.blocks.weights import Recipe
 from engine.io.checkpoint import SafetensorsFile
-from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 from engine.models.dreambooth3d.dit import Denoiser, Savings
 from engine.models.dreambooth3d.dit_weights import DitLoader, Subject, TimeTables
 from engine.models.dreambooth3d.sampler import Sampler
-from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
+from engine.models.dreambooth3d.tiles import Tiles, Tiling
+from engine.models.dreambooth3d.vae import Vae
+from engine.models.dreambooth3d.vae_weights import VaeLoader
+from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes, vae_shapes
 from engine.runtime.arena import Arena
 from engine.runtime.plan import Plan
 
@@ -97,10 +100,10 @@ class Tiny:
     def __init__(
         self, *, subject: Subject | None = None, c: DitConfig = CONFIG, dtype: str = "f32", quant: str | None = None,
         savings: Savings | None = None, kept: int = 0, image: int = 160, references: int = 96, text: int = 16,
-        steps: int = 6,
+        steps: int = 6, base: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
-        source = as_source(weights(c))
+        source = as_source(base or weights(c))
         self.loader = DitLoader(c, source, self.arena, Recipe(dtype, quant))
         self.weights = self.loader.load()
         kv = "f32" if dtype == "f32" and quant is None else "bf16"
@@ -117,3 +120,28 @@ class Tiny:
 def joint(text: bool = False) -> Subject:
     """Both adapters of the golden data."""
     return Subject(as_source(adapter("tdb", KINDS["subject"])), as_source(adapter("tdapter", KINDS["views"])), text)
+
+
+@functools.cache
+def vae_weights(c: VaeConfig) -> dict[str, Tensor]:
+    out = {}
+    for name, shape in vae_shapes(c).items():
+        if name.endswith("gamma"):
+            out[name] = 1 + det(name, shape, 0.1)
+        else:
+            out[name] = det(name, shape, 0.1 if len(shape) == 1 else 0.8 / float(np.prod(shape[1:])) ** 0.5)
+    return out
+
+
+class VaeTiny:
+    """A VAE as the engine runs it, for tiles of so many latent frames, rows and columns."""
+
+    def __init__(
+        self, c: VaeConfig, tiling: Tiling, frames: int, rows: int, columns: int, dtype: str = "f32", encoded: int = 1,
+        base: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
+        loader = VaeLoader(c, as_source(base or vae_weights(c)), self.arena, Recipe(dtype, None))
+        self.vae = Vae(self.arena, c, loader.encoder(), loader.decoder(), frames=frames, rows=rows, columns=columns,
+                       kv_format=dtype, encoded=encoded)  # fmt: skip
+        self.tiles = Tiles(self.vae, tiling, self.plans)

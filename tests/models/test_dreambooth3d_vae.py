@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _dreambooth import as_source, det
+from _dreambooth import VaeTiny, det, vae_weights
 from torch import Tensor
 
 from engine.blocks.weights import Recipe, Shapes
 from engine.errors import InputError
 from engine.models.dreambooth3d import vae_reference as m
 from engine.models.dreambooth3d.config import VaeConfig
-from engine.models.dreambooth3d.tiles import Tiles, Tiling
+from engine.models.dreambooth3d.tiles import Tiling
 from engine.models.dreambooth3d.vae import Vae, stack_of
 from engine.models.dreambooth3d.vae_weights import VaeLoader
 from engine.models.dreambooth3d.weights import vae_shapes
 from engine.runtime.arena import Arena
-from engine.runtime.plan import Plan
 
 SMALL = VaeConfig((8, 8, 16, 16, 16), 1, 4)
 CONFIGS = [
@@ -29,35 +28,6 @@ CONFIGS = [
     VaeConfig((8, 16, 16), 2, 2, 4, 1),
     VaeConfig((16, 16, 16, 16), 1, 4, 4, 2),
 ]
-
-
-def weights(c: VaeConfig) -> dict[str, Tensor]:
-    out = {}
-    for name, shape in vae_shapes(c).items():
-        if name.endswith("gamma"):
-            out[name] = 1 + det(name, shape, 0.1)
-        else:
-            out[name] = det(name, shape, 0.1 if len(shape) == 1 else 0.8 / float(np.prod(shape[1:])) ** 0.5)
-    return out
-
-
-class Tiny:
-    def __init__(
-        self,
-        c: VaeConfig,
-        tiling: Tiling,
-        frames: int,
-        rows: int,
-        columns: int,
-        *,
-        dtype: str = "f32",
-        encoded: int = 1,
-    ) -> None:
-        self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
-        loader = VaeLoader(c, as_source(weights(c)), self.arena, Recipe(dtype, None))
-        self.vae = Vae(self.arena, c, loader.encoder(), loader.decoder(), frames=frames, rows=rows, columns=columns,
-                       kv_format=dtype, encoded=encoded)  # fmt: skip
-        self.tiles = Tiles(self.vae, tiling, self.plans)
 
 
 def last(x: Tensor) -> np.ndarray:
@@ -75,8 +45,8 @@ def near(got: np.ndarray, want: Tensor, bar: float = 1e-5) -> None:
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_one_tile(c: VaeConfig, frames: int) -> None:
     """Both ways, grids of one row and column up; and a smaller tile behind a larger one."""
-    w = weights(c)
-    tiny = Tiny(c, Tiling(0), frames, 3, 4, encoded=frames)
+    w = vae_weights(c)
+    tiny = VaeTiny(c, Tiling(0), frames, 3, 4, encoded=frames)
     for rows, columns, count in ((3, 4, frames), (1, 2, frames), (2, 1, 1), (3, 4, frames)):
         z = det("z", (c.z, count, rows, columns), 1)
         near(tiny.tiles.decode(last(z)), m.decode(w, c, z / c.scaling))
@@ -91,8 +61,8 @@ def test_one_tile(c: VaeConfig, frames: int) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(9, 17), (2, 11), (8, 7)])
 def test_tiles(rows: int, columns: int) -> None:
     """Tiles of 128 pixels as the reference blends them, with narrow ones at the ends."""
-    c, w = SMALL, weights(SMALL)
-    tiny = Tiny(c, Tiling(128), 2, 8, 8)
+    c, w = SMALL, vae_weights(SMALL)
+    tiny = VaeTiny(c, Tiling(128), 2, 8, 8)
     z = det("z", (c.z, 2, rows, columns), 1)
     near(tiny.tiles.decode(last(z)), m.tiled_decode(w, c, z / c.scaling, 128))
     x = det("x", (3, 1, 16 * rows, 16 * columns), 0.5)
@@ -103,19 +73,19 @@ def test_tiles(rows: int, columns: int) -> None:
 
 def test_tiles_change_the_result() -> None:
     z = last(det("z", (SMALL.z, 1, 9, 9), 1))
-    whole, parts = (Tiny(SMALL, t, 1, 9, 9).tiles.decode(z) for t in (Tiling(0), Tiling(128)))
+    whole, parts = (VaeTiny(SMALL, t, 1, 9, 9).tiles.decode(z) for t in (Tiling(0), Tiling(128)))
     assert np.abs(whole - parts).max() > 1e-3
 
 
 def test_rounded_weights() -> None:
     z = det("z", (SMALL.z, 3, 3, 4), 1)
-    got = Tiny(SMALL, Tiling(0), 3, 3, 4, dtype="bf16").tiles.decode(last(z))
-    want = last(m.decode(weights(SMALL), SMALL, z / SMALL.scaling))
+    got = VaeTiny(SMALL, Tiling(0), 3, 3, 4, dtype="bf16").tiles.decode(last(z))
+    want = last(m.decode(vae_weights(SMALL), SMALL, z / SMALL.scaling))
     assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
 
 
 def test_plans_are_static() -> None:
-    tiny = Tiny(SMALL, Tiling(0), 2, 2, 3, encoded=2)
+    tiny = VaeTiny(SMALL, Tiling(0), 2, 2, 3, encoded=2)
     tiny.tiles.decode(last(det("z", (SMALL.z, 2, 2, 3), 1)))
     tiny.tiles.encode(last(det("x", (3, 5, 32, 48), 0.5)))
     for name, plan in tiny.plans.items():
@@ -139,7 +109,7 @@ def test_wrong_tilings(tiling: Tiling) -> None:
 
 
 def test_wrong_sizes() -> None:
-    tiny = Tiny(SMALL, Tiling(0), 1, 2, 2)
+    tiny = VaeTiny(SMALL, Tiling(0), 1, 2, 2)
     for shape in ((2, 32, 32, 3), (1, 30, 32, 3), (1, 32, 8, 3)):
         with pytest.raises(InputError, match="sides multiples of 16"):
             tiny.tiles.encode(np.zeros(shape, np.float32))

@@ -87,6 +87,11 @@ class Tokenizer:
         except TypeError as fault:
             raise InputError("the text holds a lone surrogate; decode it as UTF-8 first") from fault
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Of each token that `encode` gives: its first character in `text`, and the one behind its last."""
+        self.encode(text)  # checks
+        return list(self._inner.encode(text, add_special_tokens=False).offsets)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; ids that the tokenizer does not know give nothing, broken UTF-8 gives U+FFFD."""
         plain = [_plain_id(i) for i in ids]

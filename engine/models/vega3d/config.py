@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from engine.blocks.observation.images import MAX_SIDE
+from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.qwen_vision import QwenVisionConfig
 from engine.blocks.scene import Voxels, fit_width, smart_resize
 from engine.blocks.siglip import SiglipConfig
 from engine.errors import ConfigError, InputError
 from engine.io.files import read_json
-from engine.io.values import choice, flag, integer, number, show, token_ids
+from engine.io.values import choice, integer, number, show, token_ids
 from engine.models.vega3d.generator_config import MAX_CONFIG_BYTES, Tap
 
 #: feature_fusion_method by blend of `gated_fuse`.
@@ -29,16 +30,7 @@ FIT_WIDTH = 518  # pixels that it brings frames to
 OBJECTS = 64  # boxes that are scored at once
 TEMPERATURE, MASS = 0.07, 0.4  # of grounding several boxes
 
-# Every size: allowed range and default (of the published 7B model; None: needed).
-_SIZES: dict[str, tuple[int, int, int | None]] = {
-    "hidden_size": (8, 1 << 14, None),
-    "num_hidden_layers": (1, 1024, None),
-    "num_attention_heads": (1, 1 << 10, None),
-    "num_key_value_heads": (1, 1 << 10, None),
-    "intermediate_size": (1, 1 << 17, None),
-    "vocab_size": (1, 1 << 22, None),
-    "max_position_embeddings": (16, 1 << 24, 32768),
-}
+# Every size: allowed range and default (of the published model).
 _SIGLIP: dict[str, tuple[int, int, int]] = {
     "hidden_size": (2, 1 << 14, 1152),
     "num_hidden_layers": (1, 1024, 26),
@@ -58,62 +50,6 @@ _QWEN: dict[str, tuple[int, int, int]] = {
     "spatial_merge_size": (2, 2, 2),
     "window_size": (1, 4096, 112),
 }
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """Qwen2. eos: ids that end an answer. sections: rotary pairs that turn by time, row and column (mRoPE)."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    eps: float = 1e-6
-    theta: float = 1e6
-    positions: int = 32768
-    tied: bool = False
-    eos: tuple[int, ...] = ()
-    sections: tuple[int, int, int] | None = None
-
-    @staticmethod
-    def from_json(o: dict[str, Any]) -> LanguageConfig:
-        """From transformers' keys; ConfigError names what does not fit."""
-        sizes = {}
-        for key, (low, high, default) in _SIZES.items():
-            if key not in o and default is None:
-                raise ConfigError(f"config.json has no {key}")
-            sizes[key] = integer(key, o.get(key, default), low, high)
-        width, heads, kv = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
-        head_dim = integer("head_dim", o["head_dim"], 2, 4096) if o.get("head_dim") else width // heads
-        if heads % kv or head_dim % 2 or (not o.get("head_dim") and width % heads):
-            raise ConfigError(
-                f"{width} channels, {heads} heads, {kv} kv heads: kv heads must divide heads, heads the channels, and "
-                "a head be even"
-            )
-        if o.get("use_sliding_window"):
-            raise ConfigError("use_sliding_window is set; only full attention is supported")
-        if o.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act = {show(o['hidden_act'])}; only 'silu' is supported")
-        rope = o.get("rope_parameters") or {}
-        theta = o.get("rope_theta", rope.get("rope_theta", 10000.0) if isinstance(rope, dict) else 10000.0)
-        vocab = sizes["vocab_size"]
-        scaling = o.get("rope_scaling") or rope
-        sections = scaling.get("mrope_section") if isinstance(scaling, dict) else None
-        if sections is not None:
-            if not isinstance(sections, list) or len(sections) != 3 or not all(type(n) is int for n in sections):
-                raise ConfigError(f"mrope_section = {show(sections)}; three counts are needed")
-            if min(sections) < 0 or 2 * sum(sections) != head_dim:
-                raise ConfigError(f"mrope_section = {show(sections)}; half of head_dim {head_dim} is their sum")
-            sections = tuple(sections)
-        return LanguageConfig(
-            width, sizes["num_hidden_layers"], heads, kv, head_dim, sizes["intermediate_size"], vocab,
-            number("rms_norm_eps", o.get("rms_norm_eps", 1e-6), 0.0, 1.0), number("rope_theta", theta, 1.0, 1e12),
-            sizes["max_position_embeddings"], flag("tie_word_embeddings", o.get("tie_word_embeddings", False)),
-            token_ids("eos_token_id", o.get("eos_token_id"), vocab), sections,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

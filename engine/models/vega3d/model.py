@@ -29,12 +29,13 @@ from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, DecoderLayer,
 from engine.blocks.language import LanguageModel, TokenIO
 from engine.blocks.lru import Lru
 from engine.blocks.prefix import KVStore
+from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Frames, average_coordinates, position_code, read_frames, world_coordinates
 from engine.blocks.weights import Recipe, Shapes
 from engine.errors import CheckpointError, ConfigError, InputError
 from engine.io.checkpoint import Checkpoint, Source, bf16_to_f32
 from engine.io.text import Tokenizer
-from engine.models.vega3d.config import LanguageConfig, SceneConfig, SpatialConfig, VegaConfig
+from engine.models.vega3d.config import SceneConfig, SpatialConfig, VegaConfig
 from engine.models.vega3d.features import Files, GeneratorFeatures
 from engine.models.vega3d.generator_config import DitConfig, VaeConfig
 from engine.models.vega3d.grounding import Grounder

@@ -9,13 +9,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from engine.blocks.decoder import DecoderLayer
+from engine.blocks.qwen_language import LanguageConfig, QwenPacker, language_shapes
 from engine.blocks.qwen_vision import QwenVisionWeights, load_qwen_vision, qwen_vision_shapes
 from engine.blocks.scene import position_tables
 from engine.blocks.siglip import SiglipWeights, load_siglip, siglip_shapes
-from engine.blocks.weights import Packer, Recipe
+from engine.blocks.weights import Recipe
 from engine.io.checkpoint import MappedSource, Source, expect, f32_to_bf16
 from engine.io.mapped import Rule
-from engine.models.vega3d.config import LanguageConfig, SceneConfig, SpatialConfig, VegaConfig
+from engine.models.vega3d.config import SceneConfig, SpatialConfig, VegaConfig
 from engine.ops.fuse import Gate
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
@@ -45,24 +46,6 @@ def own_generator(source: Source) -> MappedSource | None:
     if not any(key.startswith(OWN_GENERATOR) for key in source.keys()):  # noqa: SIM118
         return None
     return MappedSource(source, [(re.compile(f"(?!{re.escape(OWN_GENERATOR)})"), None), (OWN_GENERATOR, "")])
-
-
-def language_shapes(c: LanguageConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors of the language model (Qwen2) and their shapes."""
-    d, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab, d), "model.norm.weight": (d,)}
-    if not c.tied:
-        out["lm_head.weight"] = (c.vocab, d)
-    for i in range(c.layers):
-        p = f"model.layers.{i}"
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            out[f"{p}.self_attn.{name}_proj.weight"] = (rows, d)
-            out[f"{p}.self_attn.{name}_proj.bias"] = (rows,)
-        out[f"{p}.self_attn.o_proj.weight"] = (d, q)
-        out[f"{p}.mlp.gate_proj.weight"] = out[f"{p}.mlp.up_proj.weight"] = (c.mlp, d)
-        out[f"{p}.mlp.down_proj.weight"] = (d, c.mlp)
-        out[f"{p}.input_layernorm.weight"] = out[f"{p}.post_attention_layernorm.weight"] = (d,)
-    return out
 
 
 def shapes(c: VegaConfig) -> dict[str, tuple[int, ...]]:
@@ -161,12 +144,8 @@ class Weights:
     skipped: list[str] = field(default_factory=list)
 
 
-class Loader(Packer):
+class Loader(QwenPacker):
     """Packs the parts of a model one after another."""
-
-    def __init__(self, source: MappedSource, arena: Arena, recipe: Recipe) -> None:
-        super().__init__(source, arena)
-        self.recipe = recipe
 
     def mlp(self, name: str, role: str, last: int = 2, norm: str | None = None, bias: bool = True) -> Mlp:
         """name.0 and name.last; norm: the name of one, which has a bias or not."""
@@ -179,21 +158,6 @@ class Loader(Packer):
         (fc1, fc1_bias), (fc2, fc2_bias) = product(0), product(last)
         return Mlp(fc1, fc1_bias, fc2, fc2_bias, self.optional(f"{norm}.weight", norm is not None),
                    self.optional(f"{norm}.bias", norm is not None and bias))  # fmt: skip
-
-    def layer(self, i: int, c: LanguageConfig) -> DecoderLayer:
-        """Decoder layer i of the language model."""
-        p = f"model.layers.{i}"
-
-        def product(name: str, parts: list[str], k: int) -> PackedMatrix:
-            return self.matrix(f"{p}.{name}", [f"{p}.{n}.weight" for n in parts], self.recipe.format("language", k))
-
-        qkv = [f"self_attn.{w}_proj" for w in "qkv"]
-        return DecoderLayer(
-            product("qkv", qkv, c.width), product("o_proj", ["self_attn.o_proj"], c.heads * c.head_dim),
-            product("gate_up", ["mlp.gate_proj", "mlp.up_proj"], c.width), product("down", ["mlp.down_proj"], c.mlp),
-            self.vector(f"{p}.input_layernorm.weight"), self.vector(f"{p}.post_attention_layernorm.weight"),
-            self.stacked(f"{p}.qkv.bias", [f"{p}.{n}.bias" for n in qkv]),
-        )  # fmt: skip
 
     def language(self, c: LanguageConfig, rows: int, bar: tqdm) -> LanguageWeights:
         """rows: behind the vocabulary in the table of embeddings."""

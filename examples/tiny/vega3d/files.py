@@ -13,9 +13,9 @@ from torch import Tensor
 from towers import DIT, EYES, TAP
 from words import END, save_tokenizer
 
+from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Voxels
 from engine.io.checkpoint import f32_to_bf16, save
-from engine.models.vega3d.config import LanguageConfig
 from engine.models.vega3d.generator_config import VaeConfig
 
 

@@ -13,9 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from words import HEAD, chat, pieces
 
-from engine.models.vega3d.config import LanguageConfig
+from engine.blocks.qwen_language import LanguageConfig, language_shapes
 from engine.models.vega3d.reference import language, text_angles
-from engine.models.vega3d.weights import language_shapes
 
 Weights = dict[str, Tensor]
 ASKED = 8  # questions of a room in a step

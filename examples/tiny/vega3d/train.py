@@ -40,9 +40,9 @@ from rooms import COLOURS, FRAMES, HIGH, LOW, SHAPES
 from tokenizers import Tokenizer
 from words import train_tokenizer
 
+from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Voxels, average_coordinates, patches_in_boxes, world_coordinates
 from engine.io.checkpoint import SafetensorsFile, save
-from engine.models.vega3d.config import LanguageConfig
 
 Weights = dict[str, Tensor]
 ROOT = Path(__file__).resolve().parents[3]
