@@ -41,7 +41,7 @@ def test_states(number: int) -> None:
     """Whole, and as a prefix that is kept and what follows it."""
     folder = cases()[number]
     c, io = (
-        text_config(json.loads((folder / "config.json").read_text())["text"]),
+        text_config(about(folder)["text"]),
         load_file(folder / "peer.safetensors"),
     )
     arena = Arena()
@@ -59,7 +59,7 @@ def test_states(number: int) -> None:
 def test_glyphs(number: int) -> None:
     folder = cases()[number]
     c, io = (
-        GlyphConfig.from_json(json.loads((folder / "config.json").read_text())["glyphs"]),
+        GlyphConfig.from_json(about(folder)["glyphs"]),
         load_file(folder / "peer.safetensors"),
     )
     text = bytes(int(i) - OFFSET for i in io["glyph_ids"][:-1]).decode()
