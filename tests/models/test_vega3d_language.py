@@ -10,6 +10,7 @@ from _source import Tensors
 from _vega import filled
 from safetensors.numpy import load_file
 
+from engine.blocks import qwen_reference
 from engine.models.vega3d import reference
 from engine.models.vega3d.config import VegaConfig
 from engine.models.vega3d.model import Options, Vega3D
@@ -64,7 +65,7 @@ def test_reference(case):
     w = {k: torch.from_numpy(v).double() for k, v in weights_of(case, config).tensors.items()}
     io = {k: torch.from_numpy(v).double() for k, v in case.io.items()}
     assert error(reference.siglip(w, config.vision, io["images"]), case.io["tokens"]) < LIMIT
-    hidden = reference.language(w, config.language, io["embeds"])
+    hidden = qwen_reference.language(w, config.language, io["embeds"])
     assert error(hidden, case.io["hidden"]) < LIMIT
     assert error(reference.logits(w, config.language, hidden), case.io["logits"]) < LIMIT
 

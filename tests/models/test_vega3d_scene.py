@@ -7,6 +7,7 @@ import pytest
 import torch
 from _vega import geometry, pictures, random_generator, random_model, scene_weights
 
+from engine.blocks import qwen_reference
 from engine.blocks.scene import average_coordinates, patches_in_boxes
 from engine.errors import ClosedError, ConfigError, ContextError, InputError
 from engine.io.checkpoint import bf16_to_f32
@@ -64,7 +65,7 @@ def first_logits(m: Vega3D, prompt) -> np.ndarray:
 def expected_logits(m: Vega3D, prompt, rows: torch.Tensor, place: torch.Tensor | None = None) -> np.ndarray:
     w, c = fp64(m), m.config.language
     table = torch.cat([w["model.embed_tokens.weight"], rows, *([] if place is None else [place])])
-    hidden = reference.language(w, c, table[torch.tensor(list(prompt))])
+    hidden = qwen_reference.language(w, c, table[torch.tensor(list(prompt))])
     return reference.logits(w, c, hidden[-1]).numpy()
 
 
@@ -133,7 +134,7 @@ def test_grounding(per_pass):
         assert error(scene.objects(BOXES), objects) < LIMIT
         prompt = scene.prompt(TASKS["scanrefer"].format(description="The red cube."), ground=True)
         table = torch.cat([w["model.embed_tokens.weight"], rows])
-        hidden = reference.language(w, c.language, table[torch.tensor(list(prompt))])[-1]
+        hidden = qwen_reference.language(w, c.language, table[torch.tensor(list(prompt))])[-1]
         want = reference.ground_scores(w, objects, hidden).numpy()
         got = scene.ground("the RED cube.", BOXES)
         assert np.abs(np.append(got.scores, got.none) - want).max() < LIMIT

@@ -26,6 +26,7 @@ from _vega import (
 from safetensors.numpy import load_file, save_file
 
 import engine
+from engine.blocks import qwen_reference
 from engine.errors import ConfigError, InputError
 from engine.io.checkpoint import bf16_to_f32
 from engine.models.vega3d import reference
@@ -90,8 +91,8 @@ def test_reference_is_transformers(i):
     places = scene_places(grid, ids, c.language.vocab, len(ids) + 3)
     np.testing.assert_array_equal(places[: len(ids)].T, case.io["positions"])
     assert (places[len(ids) :] == places[: len(ids)].max() + 1 + np.arange(3)[:, None]).all()
-    angle = reference.rotary_angles(c.language, torch.from_numpy(places[: len(ids)]))
-    hidden = reference.language(w, c.language, io["embeds"], angle)
+    angle = qwen_reference.rotary_angles(c.language, torch.from_numpy(places[: len(ids)]))
+    hidden = qwen_reference.language(w, c.language, io["embeds"], angle)
     assert error(hidden, case.io["hidden"]) < LIMIT
     assert error(reference.logits(w, c.language, hidden), case.io["logits"]) < LIMIT
 
@@ -152,8 +153,8 @@ def test_assembly(method, per_pass):
         prompt = scene._question("How many chairs?")
         places = scene_places(m.config.grid, prompt, m.vocab_size, len(prompt))
         table = torch.cat([w["model.embed_tokens.weight"], rows])
-        angle = reference.rotary_angles(m.config.language, torch.from_numpy(places))
-        hidden = reference.language(w, m.config.language, table[torch.tensor(list(prompt))], angle)
+        angle = qwen_reference.rotary_angles(m.config.language, torch.from_numpy(places))
+        hidden = qwen_reference.language(w, m.config.language, table[torch.tensor(list(prompt))], angle)
         want = reference.logits(w, m.config.language, hidden[-1])
         assert error(first_logits(m, prompt), want) < LIMIT
 

@@ -13,8 +13,9 @@ from towers import train
 from words import HEAD, TAIL, pieces
 
 from engine.blocks.qwen_language import LanguageConfig
+from engine.blocks.qwen_reference import language
 from engine.blocks.scene import Voxels
-from engine.models.vega3d.reference import ground_scores, language, object_features, projector
+from engine.models.vega3d.reference import ground_scores, object_features, projector
 from engine.models.vega3d.scene import TASKS
 from engine.models.vega3d.weights import HEADS
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from words import HEAD, chat, pieces
 
 from engine.blocks.qwen_language import LanguageConfig, language_shapes
-from engine.models.vega3d.reference import language, text_angles
+from engine.blocks.qwen_reference import language, text_angles
 
 Weights = dict[str, Tensor]
 ASKED = 8  # questions of a room in a step
