@@ -41,7 +41,7 @@ class Transformer:
         glyphs, glyph_mask = padded(256, 1472, (0, 0))
         self.given = {
             "hidden_states": torch.randn(2, 65, frames, rows, columns, dtype=torch.bfloat16),
-            "timestep": torch.tensor([800.0, 800.0]), "encoder_hidden_states": text,
+            "timestep": torch.tensor([800.0, 800.0], dtype=torch.bfloat16), "encoder_hidden_states": text,
             "encoder_attention_mask": text_mask, "encoder_hidden_states_2": glyphs,
             "encoder_attention_mask_2": glyph_mask, "image_embeds": torch.zeros(2, 729, 1152, dtype=torch.bfloat16),
         }  # fmt: skip
