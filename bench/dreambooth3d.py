@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.report import Report
 from bench.sources import RandomSource
@@ -22,6 +23,7 @@ from engine.blocks.weights import Recipe
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.dit import Denoiser, Savings, Shape
 from engine.models.dreambooth3d.dit_weights import DitLoader, Subject, TimeTables
+from engine.models.dreambooth3d.personalize import Personalizer, Photos, Settings
 from engine.models.dreambooth3d.sampler import Sampler
 from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
 from engine.ops.attention import KVCache, attention, workspace_bytes
@@ -32,7 +34,7 @@ from engine.runtime.plan import Plan, capture
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, RANK, VALID = 4, 16, (40, 60)  # tokens of the negative and the positive prompt
 SHAPE, BARE = Shape(5, 30, 53, 2), Shape(5, 30, 53, 0)
-BAR_STEP, BAR_ATTENTION, BAR_BARE = 2.0, 1.8, 2.0
+BAR_STEP, BAR_ATTENTION, BAR_BARE, BAR_PERSONALISATION = 2.0, 1.8, 2.0, 1.3
 LEAST_SDPA, LEAST_LINEAR = 130, 350  # GFLOP/s of the eager side
 SIGMAS = np.array([0.8, 0.7])
 
@@ -164,8 +166,33 @@ def bare(report: Report, ours: Ours, kind: str, rounds: int) -> None:
                diffusers_s=float(np.median(b)), ratio=faster, bar=BAR_BARE, rounds=rounds)  # fmt: skip
 
 
+def personalisation(report: Report, rounds: int) -> None:
+    """A training step on a photo of 512 pixels beside two references, against the published loop with peft."""
+    c, rng, side, tokens = DitConfig(layers=LAYERS), np.random.default_rng(0), 32, 15
+    shape = (3, c.channels, side, side)
+    photos = Photos(rng.standard_normal(shape, np.float32), np.abs(rng.standard_normal(shape, np.float32)),
+                    rng.standard_normal((SHAPE.views, *shape[1:]), np.float32),
+                    rng.standard_normal((tokens, c.text_dim), np.float32))  # fmt: skip
+    adapter = RandomSource(adapter_shapes(c, RANK, KINDS["views"]))
+    ours = Personalizer(c, RandomSource(dit_shapes(c)), photos, Settings(rank=RANK), adapter)
+    torch.set_num_threads(device.threads())
+    peer = Worker(ROOT / ".venvs/diffusers/bin/python", "hunyuan_peft.py", device.threads(), LAYERS, SHAPE.views)
+    try:
+        ours.step()
+        peer.ask(do="step")
+        a, b = pairs(lambda: timed(ours.step), lambda: peer.ask(do="step"), max(rounds, 5))
+    finally:
+        peer.close()
+    faster = float(np.median(b / a))
+    print(f"a step of personalisation, {LAYERS} blocks: ours {np.median(a):.2f} s, peft {np.median(b):.2f} s: "
+          f"x{faster:.2f}, bar {BAR_PERSONALISATION}")  # fmt: skip
+    report.add(what="personalisation", kind="bf16", layers=LAYERS, seconds=float(np.median(a)),
+               peft_s=float(np.median(b)), ratio=faster, bar=BAR_PERSONALISATION, rounds=len(a))  # fmt: skip
+
+
 def main(kinds: list[str], rounds: int) -> None:
     report = Report("dreambooth3d")
+    personalisation(report, rounds)
     for kind in kinds:
         eager(report, None if kind == "bf16" else kind, rounds)
     print("written:", report.save())

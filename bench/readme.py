@@ -157,6 +157,20 @@ def figure_table() -> str:
             rows.append(_row(f"gated_fuse, {r['rows']} x {r['width']}", "bf16", f"{r['ms']:.1f} ms",
                              f"{r['share']:.0%} of read bandwidth", f"error {r['error']:.0e}",
                              f"eager torch ×{r['ratio']:.0f}", newest("vega3d")["file"]))  # fmt: skip
+    data = newest("dreambooth3d")
+    for r in data["rows"]:
+        what, roof = f"3DreamBooth, 4 blocks of full width, {r.get('tokens')} tokens and two texts", "-"
+        if r["what"] == "attention":
+            what, versus = f"joint attention, {r['tokens']} tokens, 16 heads of 128", f"torch SDPA ×{r['ratio']:.2f}"
+        elif r["what"] == "step":
+            versus = f"published structure, eager torch ×{r['ratio']:.2f}"
+        elif r["what"] == "personalisation":
+            what, versus = "3DreamBooth, a step of personalisation, 4 blocks of full width", f"peft ×{r['ratio']:.2f}"
+        else:
+            versus = f"diffusers ×{r['ratio']:.2f}"
+        if "gflop_s" in r:
+            roof = f"{r['gflop_s']:.0f} GFLOP/s"
+        rows.append(_row(what, r.get("kind", "bf16"), f"{r['seconds']:.1f} s", roof, "as tests", versus, data["file"]))
     data = newest("gemm")
     for fmt in ("f32", "bf16"):
         mine = [r for r in data["rows"] if r["format"] == fmt and "vs_torch" in r]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 NORM_EPS = 1e-26  # of the VAEs' norms, which only keep zero rows from dividing by zero
@@ -21,3 +23,8 @@ def time_sinusoid(timestep: float, width: int, dtype: type[np.floating] = np.flo
 def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x), of any floating dtype."""
     return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """GELU by its tanh approximation, of any floating dtype."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,9 +1,10 @@
-"""A cache with a byte budget; the least recently used entry gives way."""
+"""A cache with a byte budget, whose least recently used entry gives way; keys of contents."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -44,3 +45,12 @@ class Lru(Generic[Value]):
         """Forgets a key, if it is known."""
         if key in self._entries:
             self.nbytes -= self._entries.pop(key)[1]
+
+
+def digest(*parts: Any) -> str:
+    """A key of texts, bytes and contiguous arrays: what they hold, and the shapes of arrays."""
+    made = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        made.update(part.encode() if isinstance(part, str) else part)
+        made.update(str(getattr(part, "shape", "")).encode())
+    return made.hexdigest()

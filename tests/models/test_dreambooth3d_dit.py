@@ -238,6 +238,16 @@ def test_wrong_shapes(wrong: Shape) -> None:
         Tiny().denoiser.fits(wrong)
 
 
+@pytest.mark.parametrize(
+    "change", [{"refresh": 0}, {"noise": np.zeros((1, 8), np.float32)}, {"sigmas": noise_levels(3, 5.0)}]
+)
+def test_wrong_requests(change: dict) -> None:
+    tiny, sigmas = Tiny(), noise_levels(2, 5.0)
+    given = {"noise": as_rows(latent()), "sigmas": sigmas, "guidance": 6.0} | change
+    with pytest.raises(InputError, match="are needed"):
+        tiny.sampler.sample(shape(0), texts=tiny.texts(sigmas, "uncond", "cond"), **given)
+
+
 def test_wrong_texts() -> None:
     for count in (0, 17):
         with pytest.raises(InputError, match="text= at load"):

@@ -16,6 +16,7 @@ from engine.errors import CheckpointError, InputError
 from engine.io.checkpoint import SafetensorsFile
 from engine.models.dreambooth3d import personalize
 from engine.models.dreambooth3d import reference as m
+from engine.models.dreambooth3d.dit_weights import Subject
 from engine.models.dreambooth3d.personalize import FILE, STATE, Personalizer, Photos, Settings
 from engine.models.dreambooth3d.weights import KINDS, adapter_kind, canonical_adapter
 
@@ -65,8 +66,6 @@ def test_it_learns_and_generates(tmp_path: Path) -> None:
         source = canonical_adapter(SafetensorsFile(folder / "lora" / name / FILE))
         assert adapter_kind(source, CONFIG) == part
         sources[part] = source
-    from engine.models.dreambooth3d.dit_weights import Subject
-
     tiny = Tiny(subject=Subject(sources["subject"], sources["views"], text=True))
     tiny.sampler.place_views(np.stack([as_rows(v) for v in views()]))
     z = det("in.latent", (8, 3, 4, 6), 1)
@@ -118,6 +117,11 @@ def test_a_state_of_another_run(tmp_path: Path, change: dict) -> None:
     other = Photos(PHOTOS.mean + 1, PHOTOS.std, PHOTOS.views, PHOTOS.states)
     with pytest.raises(CheckpointError, match="other photos"):
         Personalizer(CONFIG, BASE, other, SIX).run(tmp_path, resume=True)
+
+
+def test_an_adapter_of_something_else() -> None:
+    with pytest.raises(CheckpointError, match="'subject'"):
+        Personalizer(CONFIG, BASE, PHOTOS, SIX, as_source(adapter("tdb", KINDS["subject"])))
 
 
 def test_a_full_disk_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from engine.errors import InputError
 from engine.models.dreambooth3d import vae_reference as m
 from engine.models.dreambooth3d.config import VaeConfig
 from engine.models.dreambooth3d.tiles import Tiling
-from engine.models.dreambooth3d.vae import Vae, stack_of
+from engine.models.dreambooth3d.vae import STACKS, Vae, stack_of
 from engine.models.dreambooth3d.vae_weights import VaeLoader
 from engine.models.dreambooth3d.weights import vae_shapes
 from engine.runtime.arena import Arena
@@ -71,6 +71,16 @@ def test_tiles(rows: int, columns: int) -> None:
     assert len(shapes) <= 8  # at most four shapes, of one and of two latent frames
 
 
+def test_the_smaller_published_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 pixels, a quarter of which neighbours share."""
+    c, w = SMALL, vae_weights(SMALL)
+    monkeypatch.setattr(m, "OVERLAP", 0.25)
+    tiny = VaeTiny(c, Tiling(128, 0.25), 1, 8, 8)
+    z, x = det("z", (c.z, 1, 9, 15), 1), det("x", (3, 1, 144, 208), 0.5)
+    near(tiny.tiles.decode(last(z)), m.tiled_decode(w, c, z / c.scaling, 128))
+    near(tiny.tiles.encode(last(x))[0], m.tiled_encode(w, c, x, 128)[: c.z] * c.scaling)
+
+
 def test_tiles_change_the_result() -> None:
     z = last(det("z", (SMALL.z, 1, 9, 9), 1))
     whole, parts = (VaeTiny(SMALL, t, 1, 9, 9).tiles.decode(z) for t in (Tiling(0), Tiling(128)))
@@ -79,9 +89,13 @@ def test_tiles_change_the_result() -> None:
 
 def test_rounded_weights() -> None:
     z = det("z", (SMALL.z, 3, 3, 4), 1)
-    got = VaeTiny(SMALL, Tiling(0), 3, 3, 4, dtype="bf16").tiles.decode(last(z))
+    tiles = VaeTiny(SMALL, Tiling(0), 3, 3, 4, dtype="bf16").tiles
+    got = tiles.decode(last(z))
     want = last(m.decode(vae_weights(SMALL), SMALL, z / SMALL.scaling))
     assert np.linalg.norm(got - want) <= 2e-2 * np.linalg.norm(want)
+    x = det("x", (3, 1, 48, 64), 0.5)
+    want = last(m.encode(vae_weights(SMALL), SMALL, x)[: SMALL.z] * SMALL.scaling)
+    assert np.linalg.norm(tiles.encode(last(x))[0] - want) <= 2e-2 * np.linalg.norm(want)
 
 
 def test_plans_are_static() -> None:
@@ -89,14 +103,12 @@ def test_plans_are_static() -> None:
     tiny.tiles.decode(last(det("z", (SMALL.z, 2, 2, 3), 1)))
     tiny.tiles.encode(last(det("x", (3, 5, 32, 48), 0.5)))
     for name, plan in tiny.plans.items():
-        audit = plan.audit(tiny.arena)
+        audit = plan.audit(tiny.arena, tiny.vae.node_budget(name.split(".")[0], 2))
         assert audit.ok, (name, audit.problems)
 
 
 def test_stacks() -> None:
     """A frame stands in its place of the ring, the two before it in theirs."""
-    from engine.models.dreambooth3d.vae import STACKS
-
     for frame in range(12):
         want = tuple(max(frame - 2 + k, 0) % 3 for k in range(3))
         assert STACKS[stack_of(frame)] == want

@@ -15,7 +15,7 @@ import numpy as np
 from engine.blocks.diffusion import silu, time_sinusoid
 from engine.blocks.weights import Packer, Recipe
 from engine.errors import CheckpointError
-from engine.io.checkpoint import Source
+from engine.io.checkpoint import MappedSource, Source
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.weights import EMBED
 from engine.ops.gemm import PackedMatrix
@@ -114,7 +114,7 @@ class DitLoader(Packer):
     def __init__(
         self, c: DitConfig, source: Source, arena: Arena, recipe: Recipe, *, views: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(source, arena)  # type: ignore[arg-type]
+        super().__init__(MappedSource(source), arena)
         self.c, self.recipe = c, recipe
         self.streams = STREAMS if views else tuple(s for s in STREAMS if s != "views")
         self._fills: list[_Fill] = []
@@ -214,7 +214,7 @@ class DitLoader(Packer):
             raw = self.source.read(f"{name}.weight")
             raw = raw.reshape(len(raw), -1)[:, :columns]
             return np.ascontiguousarray(raw[self._order] if turned else raw)
-        held = Packer(adapter, self.arena)  # type: ignore[arg-type]
+        held = Packer(MappedSource(adapter), self.arena)
         a, b = (held.value(f"{name}.lora_{m}.weight") for m in "AB")
         base = self.value(f"{name}.weight")
         value = base.reshape(len(base), -1)[:, :columns]
@@ -229,7 +229,7 @@ class TimeTables(Packer):
     """
 
     def __init__(self, c: DitConfig, source: Source) -> None:
-        super().__init__(source, Arena(dry=True))  # type: ignore[arg-type]
+        super().__init__(MappedSource(source), Arena(dry=True))
         self.c = c
 
     def _linear(self, name: str, *xs: np.ndarray) -> list[np.ndarray]:

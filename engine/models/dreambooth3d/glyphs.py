@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.blocks.diffusion import gelu_tanh
 from engine.blocks.weights import Packer
 from engine.errors import ConfigError
 from engine.io.checkpoint import MappedSource, Source, expect
@@ -128,8 +129,7 @@ class GlyphEncoder(Packer):
             x = x + mixed.transpose(1, 0, 2).reshape(n, -1) @ self.value(f"{p}.SelfAttention.o.weight").T
             h = self._rms(x, f"{q}.layer_norm")
             gate, up = (h @ self.value(f"{q}.DenseReluDense.wi_{j}.weight").T for j in range(2))
-            gate = 0.5 * gate * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)))
-            x = x + (gate * up) @ self.value(f"{q}.DenseReluDense.wo.weight").T
+            x = x + (gelu_tanh(gate) * up) @ self.value(f"{q}.DenseReluDense.wo.weight").T
         return self._rms(x, "encoder.final_layer_norm")
 
     def _rms(self, x: np.ndarray, name: str) -> np.ndarray:

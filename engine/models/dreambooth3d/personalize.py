@@ -7,7 +7,6 @@ its number, so a run that is resumed goes on as if it had never stopped, bit for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -21,11 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.blocks.lru import digest
+from engine.blocks.weights import Packer
 from engine.errors import CheckpointError, InputError
-from engine.io.checkpoint import SafetensorsFile, Source, bf16_to_f32, save
+from engine.io.checkpoint import MappedSource, SafetensorsFile, Source, save
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.reference import Adapters, one_frame_loss
-from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
+from engine.models.dreambooth3d.weights import KINDS, adapter_kind, adapter_shapes, dit_shapes
+from engine.runtime.arena import Arena
 
 STATE = "state.safetensors"
 FILE = "pytorch_lora_weights.safetensors"
@@ -90,10 +92,7 @@ class Photos:
 
     @property
     def digest(self) -> str:
-        found = hashlib.sha256()
-        for value in vars(self).values():
-            found.update(str(value.shape).encode() + np.ascontiguousarray(value, np.float32).tobytes())
-        return found.hexdigest()
+        return digest(*(np.ascontiguousarray(value, np.float32) for value in vars(self).values()))
 
 
 class Personalizer:
@@ -104,8 +103,11 @@ class Personalizer:
     ) -> None:
         """views: the pre-trained adapter of reference views, under official names; without one it begins as no change.
 
-        Raises: InputError (photos, settings), CheckpointError (tensors that are not there, or not finite).
+        Raises: InputError (photos, settings), CheckpointError (tensors that are not there, or not finite; an adapter of
+        something else).
         """
+        if views is not None and (kind := adapter_kind(views, c)) != "views":
+            raise CheckpointError(f"the adapter of the views is one of kind {kind!r}")
         self.c, self.photos, self.settings = c, photos.checked(c), settings.checked()
         self.done, self._dtype = 0, DTYPES[settings.dtype]
         self._base = {k: _read(base, k).to(self._dtype) for k in dit_shapes(c)}
@@ -213,11 +215,12 @@ class Personalizer:
         """`checkpoint-N/lora/...` with both adapters under official names; whole or not at all."""
         target = Path(folder) / f"checkpoint-{self.done}"
         draft = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-        facts = {"r": self.settings.rank, "lora_alpha": ALPHA}
         try:
             for part, tensors in self.adapters.items():
                 modules = sorted({k.rsplit(".lora_", 1)[0] for k in tensors})
-                about = {"format": "pt", "lora_adapter_metadata": json.dumps(facts | {"target_modules": modules})}
+                rank = len(tensors[f"{modules[0]}.lora_A.weight"])
+                facts = {"r": rank, "lora_alpha": ALPHA, "target_modules": modules}
+                about = {"format": "pt", "lora_adapter_metadata": json.dumps(facts)}
                 save(draft / "lora" / FOLDERS[part] / FILE, {k: _stored(v) for k, v in tensors.items()}, about)
             (draft / "training_config.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
             if target.exists():
@@ -235,11 +238,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW knows of a tensor
 
 def _read(source: Source, name: str) -> Tensor:
     """f32, finite."""
-    raw = source.read(name)
-    value = torch.from_numpy(bf16_to_f32(raw) if raw.dtype == np.uint16 else np.array(raw, np.float32))
-    if not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"tensor {name!r} holds NaN or infinity")
-    return value
+    return torch.from_numpy(np.array(Packer(MappedSource(source), Arena(dry=True)).value(name)))
 
 
 def _stored(value: Tensor) -> tuple[str, np.ndarray]:

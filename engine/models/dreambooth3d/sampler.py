@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
-from engine.blocks.lru import Lru
+from engine.blocks.lru import Lru, digest
 from engine.errors import InputError
 from engine.models.dreambooth3d.dit import Denoiser, Shape
 from engine.models.dreambooth3d.dit_weights import TimeTables
@@ -42,7 +41,7 @@ class Sampler:
         n = len(states)
         if not n or n + quoted > d.text:
             raise InputError(f"a prompt of {n + quoted} tokens; this load has room for 1 to {d.text} (text= at load)")
-        key = _key(sigmas, states, np.zeros((0, 1)) if glyphs is None else glyphs)
+        key = digest(*(np.ascontiguousarray(x) for x in (sigmas, states, *(() if glyphs is None else (glyphs,)))))
         if (found := self._texts.get(key)) is not None:
             return found
         out = np.empty((len(sigmas) - 1, quoted + n, d.c.width), np.float32)
@@ -81,8 +80,15 @@ class Sampler:
         beyond 1. one_way: the references see only themselves, and run once per subject: for adapters trained so.
         each: called behind every step with its number and the latent; where it returns False, the rest is left out and
         the result is None.
+
+        Raises: InputError (shapes that do not belong together, no room for what is to be kept).
         """
         d, steps = self._d, len(sigmas) - 1
+        if refresh < 1 or noise.shape != (shape.video, d.c.channels) or any(len(t) != steps for t in texts):
+            raise InputError(
+                f"refresh={refresh}, noise {list(noise.shape)}, texts of {[len(t) for t in texts]} steps; at least 1, "
+                f"[{shape.video}, {d.c.channels}] and {steps} steps are needed"
+            )
         kept = bool(shape.views) and (one_way or refresh > 1)
         if kept and d.kept < (1 if one_way else shape.branches):
             raise InputError(
@@ -132,10 +138,3 @@ class Sampler:
             if first:
                 self._plans[f"{first}.{shape.name}"].replay()
             self._placed = (shape, first)
-
-
-def _key(*arrays: np.ndarray) -> str:
-    found = hashlib.sha256()
-    for x in arrays:
-        found.update(str(x.shape).encode() + np.ascontiguousarray(x).tobytes())
-    return found.hexdigest()

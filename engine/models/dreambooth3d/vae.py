@@ -31,6 +31,7 @@ from engine.ops.norm import norm
 from engine.runtime.arena import Arena, Tensor
 
 RING = 3  # frames that a kernel sees
+CONV_NODES = 3  # of a frame of a convolution
 STACKS = ((0, 0, 0), (0, 0, 1), (0, 1, 2), (1, 2, 0), (2, 0, 1))  # places in the ring, for frames 0, 1, 2, 3, 4; again
 
 
@@ -330,6 +331,17 @@ class Vae:
         """What the plan of a tile of so many latent frames records, behind `place_tile`: `pixels` to `moments`."""
         self.fits(frames, h, w, self.encoded)
         return partial(self._encode, frames, h, w)
+
+    def node_budget(self, kind: str, frames: int) -> int:
+        """Most nodes of the plan of a tile of so many latent frames; kind: 'decode' or 'encode'."""
+        levels = list(self._up_levels(frames) if kind == "decode" else self._down_levels(frames))
+        shared, plain = CONV_NODES + 1, CONV_NODES  # beside a shortcut, and alone
+        first, last = (shared, plain) if kind == "decode" else (plain, shared)
+        ends = first * levels[0].frames + last * (levels[-1].frames if kind == "decode" else frames)
+        inside = sum(
+            one.frames * (2 * CONV_NODES * len(one.blocks) + (shared + 1 if one.resample else 0)) for one in levels
+        )
+        return ends + inside + 4 * CONV_NODES * frames + frames + 2
 
     def _decode(self, frames: int, h: int, w: int) -> None:
         d, cells = self._decoder, h * w

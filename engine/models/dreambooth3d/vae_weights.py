@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.blocks.weights import Packer, Recipe
-from engine.io.checkpoint import Source
+from engine.io.checkpoint import MappedSource, Source
 from engine.models.dreambooth3d.config import VaeConfig
 from engine.models.dreambooth3d.dit_weights import Linear
 from engine.ops.gemm import PackedMatrix
@@ -78,7 +78,7 @@ class VaeLoader(Packer):
     """Packs a checkpoint under official names (canonical_vae)."""
 
     def __init__(self, c: VaeConfig, source: Source, arena: Arena, recipe: Recipe) -> None:
-        super().__init__(source, arena)  # type: ignore[arg-type]
+        super().__init__(MappedSource(source), arena)
         self.c, self.recipe = c, recipe
 
     def _conv(self, name: str, order: Callable[[np.ndarray], np.ndarray] = lambda w: w, scale: float = 1.0) -> Linear:

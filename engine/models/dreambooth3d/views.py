@@ -144,7 +144,7 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     image = pillow()
 
     def scaled(channel: np.ndarray) -> np.ndarray:
-        whole = image.fromarray(np.ascontiguousarray(channel), "F")
+        whole = image.fromarray(np.ascontiguousarray(channel, np.float32))
         return np.asarray(whole.resize((width, height), image.BICUBIC))
 
     return np.stack([scaled(pixels[..., c]) for c in range(pixels.shape[2])], -1)

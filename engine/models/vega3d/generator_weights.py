@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.blocks.diffusion import silu, time_sinusoid
+from engine.blocks.diffusion import gelu_tanh, silu, time_sinusoid
 from engine.blocks.weights import Packer, Recipe
 from engine.errors import CheckpointError
 from engine.io.checkpoint import MappedSource, Source, expect
@@ -361,7 +361,7 @@ class DitLoader(Packer):
     def context(self, prompt: np.ndarray) -> np.ndarray:
         """f64 [n + 1, d]: the prompt's tokens, and what a row of padding becomes."""
         rows = np.concatenate([prompt.astype(np.float64), np.zeros((1, self.c.text_dim))])
-        return self.linear("text_embedding.2", _gelu_tanh(self.linear("text_embedding.0", rows)))
+        return self.linear("text_embedding.2", gelu_tanh(self.linear("text_embedding.0", rows)))
 
     def fold(self, name: str, e0: np.ndarray, context: np.ndarray) -> dict[str, np.ndarray]:
         """Everything of a block that the plan reads, f64."""
@@ -488,10 +488,6 @@ class DitLoader(Packer):
             self.put("rope", (rows * columns, c.head_dim), lambda: np.concatenate([np.cos(angles), np.sin(angles)], 1)),
             blocks, c.text_len - len(prompt), len(prompt), self.vace(hints) if c.kind == "vace" else None,
         )  # fmt: skip
-
-
-def _gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def checked(view: MappedSource, shapes: dict[str, tuple[int, ...]]) -> MappedSource:

@@ -15,7 +15,6 @@ list of ids like any other, and what two questions share is found by comparing i
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ import numpy as np
 
 from engine.blocks.decoder import NODES_PER_LAYER, DecoderBuffers, DecoderLayer, decoder_layer
 from engine.blocks.language import LanguageModel, TokenIO
-from engine.blocks.lru import Lru
+from engine.blocks.lru import Lru, digest
 from engine.blocks.prefix import KVStore
 from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Frames, average_coordinates, position_code, read_frames, world_coordinates
@@ -414,7 +413,7 @@ class Vega3D(LanguageModel):
         seed = self.config.seed if seed is None else seed
         if noise is not None:
             return self.generator.features(pictures, noise=noise)
-        key = _digest("features", pictures, repr((self.generator.tap, seed)))
+        key = digest("features", pictures, repr((self.generator.tap, seed)))
         known = self._features.get(key)
         if known is None:
             known = self.generator.features(pictures, seed=seed)
@@ -493,7 +492,7 @@ class Vega3D(LanguageModel):
                 voxels = c.voxels.of(cells, self.options.coord_dtype).reshape(-1, 3)
             else:
                 notes.append("no codes of world coordinates: this model was trained with them")
-        key = _digest("scene", pictures, np.ascontiguousarray(given), b"" if voxels is None else voxels)
+        key = digest("scene", pictures, np.ascontiguousarray(given), b"" if voxels is None else voxels)
         with self._use():
             seen, keep = self._seen.get(key), coords is not None and self.ground is not None
             if seen is None or (keep and not seen.tokens):  # what was seen without places has nothing for boxes
@@ -717,11 +716,3 @@ def _frames_of(name: str, values: Any, total: int) -> np.ndarray:
     if array.ndim < 1 or len(array) != total:
         raise InputError(f"{name} is {list(array.shape)}; one entry for each of the {total} frames given is needed")
     return array
-
-
-def _digest(*parts: Any) -> str:
-    made = hashlib.blake2b(digest_size=20)
-    for part in parts:
-        made.update(part.encode() if isinstance(part, str) else part)
-        made.update(str(getattr(part, "shape", "")).encode())
-    return made.hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.blocks.diffusion import gelu_tanh
 from engine.blocks.weights import Packer
 from engine.errors import CheckpointError
 from engine.io.checkpoint import Checkpoint, MappedSource, SafetensorsFile, Source, bf16_to_f32, check_finite
@@ -80,8 +81,7 @@ def embed(source: Source) -> np.ndarray:
         h = h + weight(f"{p}.attn.o.weight", d, len(v)) @ (v @ rms(h, f"{p}.norm1"))
         n = rms(h, f"{p}.norm2")
         gate, up = weight(f"{p}.ffn.gate.0.weight", None, d) @ n, weight(f"{p}.ffn.fc1.weight", None, d) @ n
-        gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-        h = h + weight(f"{p}.ffn.fc2.weight", d, len(up)) @ (gate * up)
+        h = h + weight(f"{p}.ffn.fc2.weight", d, len(up)) @ (gelu_tanh(gate) * up)
         for key in view.keys():  # noqa: SIM118
             if key.startswith(f"{p}."):
                 view.release(key)
