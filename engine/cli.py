@@ -1,4 +1,4 @@
-"""The `engine` command: chat, generate, motion, explain, plan, serve, bench, demo."""
+"""The `engine` command: chat, generate, motion, video, personalize, explain, plan, serve, bench, demo."""
 
 from __future__ import annotations
 
@@ -142,6 +142,66 @@ def motion(
     print(made, *made.residuals, sep="\n")
     print("ms: " + ", ".join(f"{k} {v:.1f}" for k, v in made.stages.items()))
     print(f"written: {made.save(out)}")
+
+
+References = Annotated[list[Path] | None, typer.Option("--reference", help="a view of the subject; give it again")]
+
+
+@app.command()
+def video(
+    name: Name, prompt: Annotated[str, typer.Argument(help="with the subject's name in brackets: 'A [rhs mug] ...'")],
+    subject: Annotated[Path | None, typer.Option(help="folder of the subject's adapters")] = None,
+    reference: References = None,
+    out: Annotated[Path, typer.Option(help=".mp4, .gif, or a new folder of frames")] = Path("video.mp4"),
+    frames: Annotated[int, typer.Option(help="4n + 1")] = 49, aspect: str = "16:9",
+    resolution: Annotated[str | None, typer.Option(help="480p or 720p")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels, with --width instead of --aspect")] = None,
+    width: int | None = None, steps: int = 50, guidance: float = 6.0,
+    text_lora: Annotated[str, typer.Option(help="off, all or span")] = "off",
+    quant: Quant = None, dtype: DType = "auto", seed: Seed = 42,
+) -> None:  # fmt: skip
+    """A video of a prompt and of a subject, saved by the suffix of --out. Ctrl-C ends it."""
+    from engine.models.dreambooth3d.model import DreamBooth3D
+
+    if (height is None) != (width is None):
+        raise InputError("--height and --width go together")
+    size = None if height is None or width is None else (height, width)
+    model = _model("video", DreamBooth3D, name, quant=quant, dtype=dtype, frames=frames, size=size, steps=steps,
+                   views=len(reference or ()), spans=text_lora == "span")  # fmt: skip
+    shown = model.subject(subject, reference or ()) if subject is not None or reference else None
+    made = model.generate(prompt, shown, frames=frames, aspect=aspect, resolution=resolution, size=size, steps=steps,
+                          guidance=guidance, seed=seed, text_lora=text_lora, progress=True)  # fmt: skip
+    print(made)
+    print("ms: " + ", ".join(f"{k} {v:.0f}" for k, v in made.stages.items()))
+    print(f"written: {made.save(out)}")
+
+
+@app.command()
+def personalize(
+    name: Name,
+    photos: Annotated[Path, typer.Option(help="folder of photos from all around")],
+    out: Annotated[Path, typer.Option(help="folder for checkpoints")],
+    subject: Annotated[str, typer.Option(help="identifier and class, as prompts will name it")],
+    reference: References = None, steps: int = 400, rank: int = 16, lr: float = 1e-4, side: int = 512,
+    one_way: Annotated[bool, typer.Option(help="references that see only one another, kept between steps")] = False,
+    resume: bool = False, dtype: DType = "auto", seed: Seed = 42,
+) -> None:  # fmt: skip
+    """A subject's adapters from its photos; an interrupted run goes on with --resume."""
+    from engine.blocks.scene.frames import IMAGES
+    from engine.models.dreambooth3d.model import DreamBooth3D
+
+    files = sorted(p for p in photos.iterdir() if p.suffix.lower() in IMAGES) if photos.is_dir() else []
+    if not files:
+        raise InputError(f"{photos} is no folder of pictures ({', '.join(sorted(IMAGES))})")
+    model = _model("personalize", DreamBooth3D, name, dtype=dtype, frames=1, size=(side, side), views=0, steps=1)
+
+    def told(done: int, loss: float) -> None:
+        print(f"\rstep {done} of {steps}, loss {loss:.4f}", end="", flush=True)
+
+    made = model.personalize(files, reference or files[:: max(1, len(files) // 4)][:4], out, name=subject, side=side,
+                             resume=resume, steps=steps, rank=rank, lr=lr, one_way=one_way, seed=seed,
+                             on_step=told)  # fmt: skip
+    print(f"\nwritten: {made}")
 
 
 @app.command()

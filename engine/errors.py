@@ -55,6 +55,10 @@ class DeadlineError(EngineError, RuntimeError):
     """Actions were not there by the time that they were due, or clearly will not be."""
 
 
+class CancelledError(EngineError, RuntimeError):
+    """A caller's callback has ended the work; nothing of it is kept."""
+
+
 class ProtocolError(EngineError, ValueError):
     """A frame from the network is malformed, too large, or not allowed; nothing of it was used."""
 

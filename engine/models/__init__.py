@@ -14,9 +14,11 @@ FAMILIES = {
     "llava_qwen": ("engine.models.vega3d.model", "Vega3D"),
     "llava": ("engine.models.vega3d.model", "Vega3D"),
     "qwen2_5_vl": ("engine.models.vega3d.model", "Vega3D"),
+    "subjects": ("engine.models.dreambooth3d.model", "DreamBooth3D"),
     "generator": ("engine.models.vega3d.features", "GeneratorFeatures"),
 }
 GENERATORS = ("WanModel", "WanTransformer3DModel", "VaceWanModel", "WanVACETransformer3DModel")  # by _class_name
+SUBJECTS = ("HunyuanVideo15Transformer3DModel", "HunyuanVideo_1_5_DiffusionTransformer")
 OPENPI = "pi05"  # what a config.json with an action_horizon and no type belongs to
 MOTIONS = "motok"  # and one with a dataset
 
@@ -29,6 +31,8 @@ def family_of(folder: Path) -> tuple[dict, Any]:
     path = folder / "config.json"
     if not path.exists() and (folder / "transformer" / "config.json").exists():
         path = folder / "transformer" / "config.json"  # a folder of diffusers
+    if not path.exists():  # or one with several transformers
+        path = next(iter(sorted(folder.glob("transformer/*/config.json"))), path)
     if not path.exists():
         raise ConfigError(
             f"{folder} has no config.json; give a folder in the published layout (for weights of openpi without one, "
@@ -39,6 +43,8 @@ def family_of(folder: Path) -> tuple[dict, Any]:
         raise ConfigError(f"{path} is not a JSON object")
     if config.get("_class_name") in GENERATORS:
         return config, family("generator")
+    if config.get("_class_name") in SUBJECTS or "mm_double_blocks_depth" in config:
+        return config, family("subjects")
     if "model_type" not in config and "type" not in config and "action_horizon" in config:
         return config, family(OPENPI)
     if "model_type" not in config and "type" not in config and "dataset" in config:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
 import zlib
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from _source import Tensors
 from torch import Tensor
 
+from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.weights import Recipe
-from engine.io.checkpoint import SafetensorsFile
+from engine.io.checkpoint import SafetensorsFile, save
 from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 from engine.models.dreambooth3d.dit import Denoiser, Savings
 from engine.models.dreambooth3d.dit_weights import DitLoader, Subject, TimeTables
+from engine.models.dreambooth3d.glyphs import GlyphConfig, glyph_shapes
 from engine.models.dreambooth3d.sampler import Sampler
+from engine.models.dreambooth3d.text import text_shapes
 from engine.models.dreambooth3d.tiles import Tiles, Tiling
 from engine.models.dreambooth3d.vae import Vae
 from engine.models.dreambooth3d.vae_weights import VaeLoader
@@ -100,16 +105,16 @@ class Tiny:
     def __init__(
         self, *, subject: Subject | None = None, c: DitConfig = CONFIG, dtype: str = "f32", quant: str | None = None,
         savings: Savings | None = None, kept: int = 0, image: int = 160, references: int = 96, text: int = 16,
-        steps: int = 6, base: dict[str, Tensor] | None = None,
+        steps: int = 6, base: dict[str, Tensor] | None = None, named: bool = False,
     ) -> None:  # fmt: skip
         self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
         source = as_source(base or weights(c))
-        self.loader = DitLoader(c, source, self.arena, Recipe(dtype, quant))
+        self.loader = DitLoader(c, source, self.arena, Recipe(dtype, quant), named=named)
         self.weights = self.loader.load()
         kv = "f32" if dtype == "f32" and quant is None else "bf16"
         self.denoiser = Denoiser(self.arena, c, self.weights, image=image, references=references, text=text,
                                  steps=steps, kv_format=kv, savings=savings or Savings(), kept=kept)  # fmt: skip
-        for _ in self.loader.adapt(subject or Subject()):
+        for _ in self.loader.adapt(subject or Subject(), self.loader.streams):
             pass
         self.sampler = Sampler(self.denoiser, TimeTables(c, source), self.plans)
 
@@ -145,3 +150,81 @@ class VaeTiny:
         self.vae = Vae(self.arena, c, loader.encoder(), loader.decoder(), frames=frames, rows=rows, columns=columns,
                        kv_format=dtype, encoded=encoded)  # fmt: skip
         self.tiles = Tiles(self.vae, tiling, self.plans)
+
+
+# ---- a whole checkpoint ----------------------------------------------------------------------------------------------
+
+VAE = VaeConfig((8, 8, 16, 16, 16), 1, 8)
+LANGUAGE = LanguageConfig(48, 4, 4, 2, 12, 64, 300)
+GLYPHS = GlyphConfig(1472, 1, 2, 8, 32, 400)
+SIZE, FRAMES = (64, 96), 9  # of the golden latent
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """Bytes and the chat's special tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    return inner
+
+
+def text_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    out = {}
+    for name, shape in shapes.items():
+        norm = len(shape) == 1 and name.endswith("weight")
+        out[name] = 1 + det(name, shape, 0.1) if norm else det(name, shape, 0.8 / shape[-1] ** 0.5)
+    return out
+
+
+def stored(path: Path, tensors: dict[str, Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(path, {k: ("F32", np.ascontiguousarray(v.numpy())) for k, v in tensors.items()}, {"format": "pt"})
+
+
+def write_adapters(folder: Path, kinds: dict[str, str] | None = None) -> Path:
+    """The golden adapters as a subject's folder. kinds: by folder, which of KINDS."""
+    for name, kind in (kinds or {"subject_adapter": "subject", "tdapter": "views"}).items():
+        seed = "tdapter" if kind == "views" else "tdb"
+        stored(folder / name / "pytorch_lora_weights.safetensors", adapter(seed, KINDS[kind]))
+    return folder
+
+
+def write_checkpoint(folder: Path, *, glyphs: bool = True, text: bool = True) -> Path:
+    """The golden transformer with a VAE, text encoders and the pre-trained adapter of views, in the released layout."""
+    c, v, q = CONFIG, VAE, LANGUAGE
+
+    def config(home: str, **values: object) -> None:
+        (folder / home).mkdir(parents=True, exist_ok=True)
+        (folder / home / "config.json").write_text(json.dumps(values))
+
+    inside = "transformer/720p_t2v"
+    config(inside, hidden_size=c.width, heads_num=c.heads, mm_double_blocks_depth=c.layers, mlp_width_ratio=4,
+           in_channels=c.channels, out_channels=c.channels, text_states_dim=c.text_dim, vision_states_dim=c.vision_dim,
+           glyph_dim=c.glyph_dim, rope_dim_list=list(c.axes), rope_theta=c.theta, concat_condition=True,
+           ideal_resolution="720p", ideal_task="t2v", patch_size=[1, 1, 1])  # fmt: skip
+    stored(folder / inside / "diffusion_pytorch_model.safetensors", weights())
+    config("vae", block_out_channels=list(v.widths), layers_per_block=v.layers, latent_channels=v.z)
+    stored(folder / "vae/diffusion_pytorch_model.safetensors", vae_weights(v))
+    stored(folder / "3dapter/pytorch_lora_weights.safetensors", adapter("tdapter", KINDS["views"]))
+    if text:
+        config("text_encoder/llm", hidden_size=q.width, num_hidden_layers=q.layers, num_attention_heads=q.heads,
+               num_key_value_heads=q.kv_heads, intermediate_size=q.mlp, vocab_size=q.vocab,
+               rope_theta=q.theta)  # fmt: skip
+        stored(folder / "text_encoder/llm/model.safetensors", text_weights(text_shapes(q)))
+        tokenizer().save(str(folder / "text_encoder/llm/tokenizer.json"))
+    if glyphs:
+        g = GLYPHS
+        config("text_encoder_2", d_model=g.width, num_layers=g.layers, num_heads=g.heads, d_kv=g.head_dim, d_ff=g.mlp,
+               vocab_size=384)  # fmt: skip
+        stored(folder / "text_encoder_2/model.safetensors", text_weights(glyph_shapes(g)))
+    return folder
+
+
+def picture(seed: int = 0, side: int = 80) -> np.ndarray:
+    """A coloured box on white, RGBA."""
+    rng = np.random.default_rng(seed)
+    out = np.full((side, side, 4), 255, np.uint8)
+    out[..., 3] = 0
+    out[side // 4 : side // 2, side // 3 : 2 * side // 3] = [*rng.integers(0, 200, 3), 255]
+    return out

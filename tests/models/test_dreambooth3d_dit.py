@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,36 @@ def test_savings_change_nothing(off: str, count: int) -> None:
         sampled(Tiny(subject=joint(text=True), savings=s), count) for s in (Savings(), Savings(**{off: False}))
     )
     np.testing.assert_allclose(kept, plain, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("marks", [(2, 3, 7), (0,), (8,), tuple(range(9))])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_name_with_weights_of_its_own(marks: tuple[int, ...], count: int) -> None:
+    """The subject's adapter on some tokens of the prompt that is asked for; on all of them: as on the whole text."""
+    tiny = Tiny(subject=joint(), named=True)
+    place(tiny, count)
+    marked = [i in marks for i in range(9)]
+    noise, s = as_rows(latent()), Shape(3, 4, 6, count, 1, len(marks))
+    got = tiny.sampler.sample(s, noise, ONE, 1.0, tiny.texts(ONE, "cond"), marked=marked)
+    assert got is not None
+    how = m.Adapters(adapter("tdb", KINDS["subject"]), adapter("tdapter", KINDS["views"]), torch.tensor(marked))
+    want = m.velocity(weights(), CONFIG, latent(), TIME, states("cond"), views(count), how)
+    np.testing.assert_allclose((noise - got) / ONE[0], as_rows(want), **NEAR)
+    sigmas = noise_levels(3, 5.0)
+    texts = tiny.texts(sigmas, "uncond", "cond")
+    both = tiny.sampler.sample(Shape(3, 4, 6, count, 2, len(marks)), noise, sigmas, 4.0, texts, marked=marked)
+    with pytest.raises(InputError, match="are marked"):
+        tiny.sampler.sample(Shape(3, 4, 6, count, 2, 4), noise, sigmas, 4.0, texts, marked=marked)
+    with pytest.raises(InputError, match="spans=True"):
+        Tiny(subject=joint()).sampler.sample(s, noise, ONE, 1.0, tiny.texts(ONE, "cond"), marked=marked)
+    x = latent()
+    for now, then in pairwise(sigmas):
+        without, with_ = (
+            m.velocity(weights(), CONFIG, x, 1000 * float(now), states(row), views(count), replace(how, text=text))
+            for row, text in (("uncond", "off"), ("cond", torch.tensor(marked)))
+        )
+        x = x + (without + 4.0 * (with_ - without)) * float(then - now)
+    np.testing.assert_allclose(both, as_rows(x), **NEAR)
 
 
 def test_another_subject_and_back() -> None:

@@ -17,7 +17,7 @@ from engine.io.checkpoint import SafetensorsFile
 from engine.models.dreambooth3d import personalize
 from engine.models.dreambooth3d import reference as m
 from engine.models.dreambooth3d.dit_weights import Subject
-from engine.models.dreambooth3d.personalize import FILE, STATE, Personalizer, Photos, Settings
+from engine.models.dreambooth3d.personalize import ADAPTER, STATE, Personalizer, Photos, Settings
 from engine.models.dreambooth3d.weights import KINDS, adapter_kind, canonical_adapter
 
 BASE = as_source(weights())
@@ -63,7 +63,7 @@ def test_it_learns_and_generates(tmp_path: Path) -> None:
     assert folder.name == "checkpoint-60" and np.mean(losses[-15:]) < 0.9 * np.mean(losses[:15])
     sources = {}
     for part, name in personalize.FOLDERS.items():
-        source = canonical_adapter(SafetensorsFile(folder / "lora" / name / FILE))
+        source = canonical_adapter(SafetensorsFile(folder / "lora" / name / ADAPTER))
         assert adapter_kind(source, CONFIG) == part
         sources[part] = source
     tiny = Tiny(subject=Subject(sources["subject"], sources["views"], text=True))
@@ -97,7 +97,7 @@ def test_killed_and_resumed(tmp_path: Path, settings: Settings) -> None:
             run(settings).run(parts)
     resumed = run(settings).run(parts, save_every=2, resume=True)
     for name in personalize.FOLDERS.values():
-        assert (whole / "lora" / name / FILE).read_bytes() == (resumed / "lora" / name / FILE).read_bytes()
+        assert (whole / "lora" / name / ADAPTER).read_bytes() == (resumed / "lora" / name / ADAPTER).read_bytes()
     assert {p.name for p in parts.iterdir()} == {STATE, "checkpoint-6"}
 
 

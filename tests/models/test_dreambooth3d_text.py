@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from _dreambooth import as_source, det
+from _dreambooth import as_source
+from _dreambooth import text_weights as weights
+from _dreambooth import tokenizer as tiny_tokenizer
 from torch import Tensor
 
 from engine.blocks.qwen_language import LanguageConfig
@@ -31,20 +32,7 @@ SMALL = LanguageConfig(32, 4, 4, 2, 8, 48, 300)
 
 
 def tokenizer() -> Tokenizer:
-    """Bytes and the chat's special tokens."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
-    return Tokenizer(inner)
-
-
-def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    out = {}
-    for name, shape in shapes.items():
-        norm = len(shape) == 1 and name.endswith("weight")
-        out[name] = 1 + det(name, shape, 0.1) if norm else det(name, shape, 0.8 / shape[-1] ** 0.5)
-    return out
+    return Tokenizer(tiny_tokenizer())
 
 
 class Tiny:

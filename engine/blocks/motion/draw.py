@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.blocks.film import check_target, pillow, save_film
 from engine.blocks.motion.arrays import fps, poses, scalar
 from engine.blocks.motion.constraints import Constraints
-from engine.blocks.motion.resample import moments
 from engine.blocks.motion.rotations import axis_rotation
 from engine.blocks.motion.skeleton import HUMANML3D, Skeleton
 from engine.errors import InputError
 
 MAX_SIDE = 4096
 MAX_BYTES = 2 << 30
-#: GIF counts in hundredths of a second, and browsers slow down what is faster than 50 frames a second.
-_GIF_FPS = 25.0
 _SHARP = 2
 _PAPER, _FLOOR, _TRACE, _TEXT = "#fbfaf7", "#dcd8cf", "#8a8a86", "#333333"
 _LEFT, _RIGHT, _MIDDLE, _POINT, _NOW = "#d1622b", "#2b6cb0", "#3a3a3a", "#8e44ad", "#c0392b"
@@ -118,20 +115,8 @@ def save_animation(
     Raises:
         InputError: as `draw`; another suffix, a missing package, a file that cannot be written.
     """
-    target = Path(path)
-    write = {".gif": _gif, ".mp4": _mp4}.get(target.suffix.lower())
-    if write is None:
-        raise InputError(f"{target}: an animation is .gif or .mp4")
-    rate = fps(rate, "rate")
-    if write is _mp4:
-        _av()  # before the work of drawing
-    pictures = draw(joints, constraints, **look)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(pictures, target, rate)
-    except OSError as fault:
-        raise InputError(f"{target} cannot be written: {fault.strerror or fault}; check space and rights") from fault
-    return target
+    target, rate = check_target(path), fps(rate, "rate")  # before the work of drawing
+    return save_film(draw(joints, constraints, **look), target, rate, colours=64)
 
 
 class _View:
@@ -185,45 +170,8 @@ def _ring(pen: Any, place: np.ndarray, radius: float, colour: str, fill: str | N
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, fill=fill, width=_SHARP)
 
 
-def _gif(pictures: list[np.ndarray], target: Path, rate: float) -> None:
-    image, _ = _pillow()
-    shown = min(rate, _GIF_FPS)
-    index, share = moments(len(pictures), rate, shown)
-    frames = [image.fromarray(pictures[i + (s >= 0.5)]).quantize(64) for i, s in zip(index.tolist(), share.tolist())]
-    # Hundredths are shared out so that the whole lasts as long as the motion.
-    ends = np.round(np.arange(1, len(frames) + 1) * 100 / shown)
-    duration = (np.diff(ends, prepend=0) * 10).astype(int).tolist()
-    frames[0].save(target, save_all=True, append_images=frames[1:], duration=duration, loop=0)
-
-
-def _mp4(pictures: list[np.ndarray], target: Path, rate: float) -> None:
-    av = _av()
-    # H.264 keeps colours for squares of four pixels.
-    odd = [(0, n % 2) for n in pictures[0].shape[:2]]
-    try:
-        with av.open(str(target), "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
-            stream.height, stream.width = (n + more for n, (_, more) in zip(pictures[0].shape, odd))
-            stream.pix_fmt = "yuv420p"
-            for picture in pictures:
-                even = np.ascontiguousarray(np.pad(picture, [*odd, (0, 0)], mode="edge"))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-            container.mux(stream.encode())
-    except (av.error.FFmpegError, ValueError) as fault:
-        raise InputError(f"{target}: this av cannot write H.264 ({str(fault)[:200]}); write a .gif") from fault
-
-
 def _pillow() -> tuple[Any, Any]:
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError as fault:
-        raise InputError("pictures of motions need Pillow: pip install 'quintet-engine[robot]'") from fault
-    return Image, ImageDraw
+    image = pillow()
+    from PIL import ImageDraw
 
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as fault:
-        raise InputError(".mp4 needs the package av: pip install av, or write a .gif") from fault
-    return av
+    return image, ImageDraw

@@ -43,19 +43,22 @@ NODES_PER_STREAM, REFINER_NODES = 5, 5
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a request: latent frames, rows and columns of cells, references, branches of guidance (1 or 2)."""
+    """Of a request: latent frames, rows and columns of cells, references, branches of guidance (1 or 2), tokens of a
+    subject's name that have weights of their own."""
 
     frames: int
     rows: int
     columns: int
     views: int = 0
     branches: int = 2
+    named: int = 0
 
     @property
     def name(self) -> str:
         """Of its plans."""
         guided = "" if self.branches == 2 else ".unguided"
-        return f"{self.frames}x{self.rows}x{self.columns}.{self.views}{guided}"
+        named = f".{self.named}" if self.named else ""
+        return f"{self.frames}x{self.rows}x{self.columns}.{self.views}{guided}{named}"
 
     @property
     def cells(self) -> int:
@@ -146,7 +149,8 @@ class Denoiser:
         # Texts: tokens of every step by branch, and how many they are.
         self._tokens = [io(f"tokens.{b}", steps * text, d) for b in range(2)]
         self._token = io("token", text, dtype="i32")
-        self._live = [io(f"live.{b}", 1, dtype="i32") for b in range(2)]  # tokens of the text
+        self._words = [io(f"words.{b}", 1, dtype="i32") for b in range(2)]  # tokens of the text
+        self._live = [io(f"live.{b}", 1, dtype="i32") for b in range(2)]  # of those, what has no weights of its own
         self._asking = [io(f"asking.{b}", 1, dtype="i32") for b in range(2)]  # and of the video
         self._seen = [io(f"seen.{b}", 1, dtype="i32") for b in range(2)]  # and of the references
         self._behind = io("behind", 1, dtype="i32")  # tokens of references
@@ -180,13 +184,15 @@ class Denoiser:
 
     def fits(self, s: Shape) -> None:
         """InputError unless the buffers hold the shape."""
-        if min(s.frames, s.rows, s.columns) < 1 or s.branches not in (1, 2) or s.views < 0:
+        if min(s.frames, s.rows, s.columns) < 1 or s.branches not in (1, 2) or min(s.views, s.named) < 0:
             raise InputError(f"{s} is no shape of a request")
         if s.image > self.image or s.views * s.cells > self.references:
             raise InputError(
                 f"{s.image} tokens, {s.views * s.cells} of them of references, exceed what was laid out at load "
                 f"({self.image}, {self.references}); load with larger limits"
             )
+        if s.named and "named" not in self._w.blocks[0]:
+            raise InputError("a subject's name has no weights of its own; load with spans=True")
 
     def place_schedule(self, steps: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """Modulations as TimeTables gives them, of the noise level of each step and of level 0."""
@@ -212,12 +218,15 @@ class Denoiser:
             line.write(np.repeat(np.array([share * ds[i] for share in shares], np.float32)[:, None], d, 1))
 
     def place_text(self, branch: int, tokens: np.ndarray, s: Shape) -> None:
-        """tokens f32 [steps, n, D] of a prompt, refined for each step."""
+        """tokens f32 [steps, n, D] of a prompt, refined for each step; of the prompt that is asked for, those of a
+        subject's name come first."""
         n = tokens.shape[1]
         for i, step in enumerate(tokens):
             self._tokens[branch].rows(i * self.text, n).write(step)
-        for buffer, before in ((self._live, 0), (self._asking, s.video), (self._seen, s.image)):
-            buffer[branch].write(np.array([before + n], np.int32))
+        own = s.named if branch else 0
+        for buffer, count in ((self._words, n), (self._live, n - own), (self._asking, s.video + n),
+                              (self._seen, s.image + n)):  # fmt: skip
+            buffer[branch].write(np.array([count], np.int32))
 
     def place_step(self, i: int) -> None:
         """Which step the next replay is."""
@@ -303,12 +312,15 @@ class Denoiser:
                 self._finish(rows, i)
 
     def _streams(self, s: Shape, block: int, branch: int) -> list[_Rows]:
-        """References if there are any, video, and text."""
+        """References if there are any, video, text that has weights of its own, and the other text."""
         d, at = self.c.width, 2 * PARTS * block * self.c.width
         now, still = (t.slice(0, (1, math.prod(t.shape))) for t in (self._now, self._still))
         out = [_Rows("views", 0, s.views * s.cells, still, PARTS * block * d)] if s.views else []
-        return [*out, _Rows("video", s.views * s.cells, s.video, now, at),
-                _Rows("text", s.image, self.text, now, at + PARTS * d, self._live[branch])]  # fmt: skip
+        out.append(_Rows("video", s.views * s.cells, s.video, now, at))
+        own = s.named if branch else 0
+        if own:
+            out.append(_Rows("named", s.image, own, now, at + PARTS * d))
+        return [*out, _Rows("text", s.image + own, self.text - own, now, at + PARTS * d, self._live[branch])]
 
     def _step(self, s: Shape, kept: bool) -> None:
         c, w, d = self.c, self._w, self.c.width
@@ -326,10 +338,10 @@ class Denoiser:
 
     def _branch(self, s: Shape, branch: int, latent: Tensor, kept: bool) -> None:
         """The streams behind the last block."""
+        words = self._x.rows(s.image, self.text)
+        gather(self._tokens[branch], self._token, words, rows=self._words[branch], label="text")
         for rows in self._streams(s, 0, branch):
-            if rows.name == "text":
-                gather(self._tokens[branch], self._token, rows.of(self._x), rows=rows.live, label="text")
-            elif not (kept and rows.name == "views"):
+            if rows.name == "video" or (rows.name == "views" and not kept):
                 self._embed(rows, latent if rows.name == "video" else self.views)
         for i in range(self.c.layers):
             self._block(s, i, branch, kept)
@@ -409,5 +421,5 @@ class Denoiser:
 
     def node_budget(self, s: Shape) -> int:
         """Most nodes of a step of this shape."""
-        streams = 3 if s.views else 2
+        streams = (3 if s.views else 2) + bool(s.named)
         return 1 + s.branches * (streams + self.c.layers * (NODES_PER_STREAM * streams + 1) + 2)

@@ -21,15 +21,16 @@ from engine.models.dreambooth3d.weights import EMBED
 from engine.ops.gemm import PackedMatrix
 from engine.runtime.arena import Arena, Tensor
 
-STREAMS = ("video", "views", "text")
-_KIND = {"video": "img", "views": "img", "text": "txt"}  # of a stream's base weights
+STREAMS = ("video", "views", "text", "named")  # named: a prompt's tokens of a subject's name
+_KIND = {"video": "img", "views": "img", "text": "txt", "named": "txt"}  # of a stream's base weights
 PARTS = 6  # of a block's modulation: shift, scale, gate of attention, then of the MLP
 _REFINER = "txt_in.individual_token_refiner.blocks"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Adapters under official names, and where the subject's works on text. scale: of its change of video tokens."""
+    """Adapters under official names. text: whether the subject's works on every text token; it always does on those of
+    the subject's name, where they are a stream of their own. scale: of its change of video tokens."""
 
     subject: Source | None = None
     views: Source | None = None
@@ -42,7 +43,7 @@ class Subject:
             return self.views, 1.0
         if stream == "text":
             return (self.subject if self.text else None), 1.0
-        return self.subject, self.scale
+        return self.subject, 1.0 if stream == "named" else self.scale
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ class DitLoader(Packer):
     """Packs a checkpoint under official names (canonical_dit); `adapt` merges adapters into it."""
 
     def __init__(
-        self, c: DitConfig, source: Source, arena: Arena, recipe: Recipe, *, views: bool = True,
+        self, c: DitConfig, source: Source, arena: Arena, recipe: Recipe, *, views: bool = True, named: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(MappedSource(source), arena)
         self.c, self.recipe = c, recipe
-        self.streams = STREAMS if views else tuple(s for s in STREAMS if s != "views")
+        left_out = {"views": not views, "named": not named}
+        self.streams = tuple(s for s in STREAMS if not left_out.get(s))
         self._fills: list[_Fill] = []
         # Neighbouring channels are a pair; the kernels turn channel i and i + half.
         pairs = np.arange(c.head_dim).reshape(-1, 2).T.reshape(-1)
@@ -179,7 +181,8 @@ class DitLoader(Packer):
     def load(self) -> DitWeights:
         """Lays everything out; what adapters change is filled by `adapt`."""
         c, d = self.c, self.c.width
-        embed = {s: self._changed(s, f"embed.{s}", [EMBED], d, c.channels) for s in self.streams if s != "text"}
+        image = [s for s in self.streams if _KIND[s] == "img"]
+        embed = {s: self._changed(s, f"embed.{s}", [EMBED], d, c.channels) for s in image}
         blocks = [{s: self._block(i, s) for s in self.streams} for i in range(c.layers)]
         glyphs = [self._linear(f"byt5_in.fc{i}") for i in (1, 2)]
         third = self._linear("byt5_in.fc3")

@@ -25,13 +25,12 @@ from engine.blocks.weights import Packer
 from engine.errors import CheckpointError, InputError
 from engine.io.checkpoint import MappedSource, SafetensorsFile, Source, save
 from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.files import ADAPTER, FOLDERS
 from engine.models.dreambooth3d.reference import Adapters, one_frame_loss
 from engine.models.dreambooth3d.weights import KINDS, adapter_kind, adapter_shapes, dit_shapes
 from engine.runtime.arena import Arena
 
 STATE = "state.safetensors"
-FILE = "pytorch_lora_weights.safetensors"
-FOLDERS = {"subject": "subject_adapter", "views": "tdapter"}
 ALPHA = 32  # what the released files say of a scale that plays no part
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -221,7 +220,7 @@ class Personalizer:
                 rank = len(tensors[f"{modules[0]}.lora_A.weight"])
                 facts = {"r": rank, "lora_alpha": ALPHA, "target_modules": modules}
                 about = {"format": "pt", "lora_adapter_metadata": json.dumps(facts)}
-                save(draft / "lora" / FOLDERS[part] / FILE, {k: _stored(v) for k, v in tensors.items()}, about)
+                save(draft / "lora" / FOLDERS[part] / ADAPTER, {k: _stored(v) for k, v in tensors.items()}, about)
             (draft / "training_config.json").write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
             if target.exists():
                 shutil.rmtree(target)

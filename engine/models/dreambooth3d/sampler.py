@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -72,12 +72,14 @@ class Sampler:
 
     def sample(
         self, shape: Shape, noise: np.ndarray, sigmas: np.ndarray, guidance: float, texts: list[np.ndarray], *,
-        refresh: int = 1, one_way: bool = False, each: Callable[[int, np.ndarray], bool] | None = None,
+        refresh: int = 1, one_way: bool = False, marked: Sequence[bool] = (),
+        each: Callable[[int, np.ndarray], bool] | None = None,
     ) -> np.ndarray | None:  # fmt: skip
         """The clean latent [video, channels] from noise of that shape; texts: tokens of each branch's prompt.
 
         refresh: the references run in every such step, and in the others keep their keys and values: an approximation
         beyond 1. one_way: the references see only themselves, and run once per subject: for adapters trained so.
+        marked: which tokens of the last prompt are of a subject's name, where those have weights of their own.
         each: called behind every step with its number and the latent; where it returns False, the rest is left out and
         the result is None.
 
@@ -94,10 +96,14 @@ class Sampler:
             raise InputError(
                 "references that are kept between steps need room for their keys and values: kept= at load"
             )
+        if sum(marked) != shape.named or (marked and len(marked) != texts[-1].shape[1]):
+            raise InputError(f"{sum(marked)} of {len(marked)} tokens are marked, where the shape has {shape.named}")
+        order = np.argsort(~np.array(marked, bool), kind="stable")
         self._prepare(shape, sigmas, kept, one_way)
         d.place_moves(sigmas, guidance, shape.branches)
         for branch, tokens in zip(range(2 - shape.branches, 2), texts, strict=True):
-            d.place_text(branch, tokens, shape)
+            # Texts have no positions, so their order is free.
+            d.place_text(branch, tokens[:, order] if branch and shape.named else tokens, shape)
         latent = d.latent.rows(0, shape.video)
         latent.write(noise)
         whole, short = (self._plans.get(f"{kind}.{shape.name}") for kind in ("step", "kept"))

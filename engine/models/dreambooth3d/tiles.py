@@ -31,6 +31,10 @@ class Tiling:
             raise InputError(
                 f"tiles of {self.pixels!r} pixels, overlap {self.overlap!r}: a multiple of {cell}, and [0, 1)"
             )
+        if not (self.pixels // cell * self.overlap).is_integer():
+            raise InputError(
+                f"tiles of {self.pixels} pixels that share {self.overlap}: whole cells of {cell} are needed"
+            )
         return self
 
 

@@ -190,7 +190,8 @@ class Vae:
         _, rows, columns = self.limits
         if not (1 <= frames <= limit and 1 <= h <= rows and 1 <= w <= columns):
             raise InputError(
-                f"a tile of {frames} latent frames of {h} x {w} cells exceeds {limit} of {rows} x {columns}"
+                f"a tile of {frames} latent frames of {h} x {w} cells exceeds {limit} of {rows} x {columns}; load with "
+                "larger limits"
             )
 
     def place_tile(self, h: int, w: int) -> None:

@@ -1,0 +1,546 @@
+"""3DreamBooth (arXiv 2603.18524) on HunyuanVideo-1.5: a subject from its photos, and videos of it from every side.
+
+prompt              a chunk of a prompt's tokens through the language model
+glyphs, read, refine   texts into tokens of the transformer
+views.*, alone.*    what steps need of the references
+step.*, kept.*      a step of a shape, both branches of guidance and the sampler's update
+encode.*, decode.*  a tile of the VAE
+
+A plan is recorded when a request of its shape first comes. Adapters are merged into the weights; another subject fills
+the same memory from the checkpoint again, which stays open until `close`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from engine.blocks.lru import Lru, digest
+from engine.blocks.qwen_language import LanguageConfig
+from engine.blocks.weights import Recipe
+from engine.errors import CancelledError, InputError
+from engine.io.checkpoint import Source
+from engine.io.values import show
+from engine.models.dreambooth3d.config import DitConfig, VaeConfig
+from engine.models.dreambooth3d.dit import Denoiser, Shape
+from engine.models.dreambooth3d.dit_weights import DitLoader, TimeTables
+from engine.models.dreambooth3d.dit_weights import Subject as Merged
+from engine.models.dreambooth3d.files import Files, open_adapter
+from engine.models.dreambooth3d.glyphs import GlyphEncoder
+from engine.models.dreambooth3d.prompt import Prompt, read_prompt
+from engine.models.dreambooth3d.sampler import Sampler
+from engine.models.dreambooth3d.schedule import BASES, bucket, latent_frames, noise_levels
+from engine.models.dreambooth3d.subject import Subject, read_subject
+from engine.models.dreambooth3d.text import MAX_TOKENS, PromptEncoder, States, TextLoader
+from engine.models.dreambooth3d.tiles import Tiles, Tiling
+from engine.models.dreambooth3d.vae import Vae
+from engine.models.dreambooth3d.vae_weights import VaeLoader
+from engine.models.dreambooth3d.video import Video
+from engine.models.dreambooth3d.views import MAX_VIEWS, SHRINK, SQUARE, View, covering, read_views, square
+from engine.ops.dispatch import strict as strict_dispatch
+from engine.runtime.arena import Arena
+from engine.runtime.device import on, parse_dtype
+from engine.runtime.fit import require
+from engine.runtime.model import Model, bounded, keywords
+
+NEGATIVE = ("Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
+            "teeth, bad eyes, bad limbs, distortion")  # fmt: skip
+TEXT_LORA = ("off", "all", "span")
+MAX_SEEDS = 64
+LATENT_CACHE = 1 << 28  # bytes of latents of views
+PUBLISHED_TEXT = LanguageConfig(3584, 28, 28, 4, 128, 18944, 152064, sections=(16, 24, 24))  # Qwen2.5-VL 7B
+
+
+class DreamRecipe(Recipe):
+    """The VAE is what is seen, and is not quantised; int4 is for the language model alone."""
+
+    def choose(self, role: str) -> tuple[str, str]:
+        if self.quant is not None and role == "vae":
+            return "bf16", "pixels"
+        if self.quant == "int4" and role != "language":
+            return "i8", "int4 loses too much here"
+        return super().choose(role)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of a load; see DreamBooth3D.load."""
+
+    device: str
+    dtype: str
+    quant: str | None
+    frames: int
+    size: tuple[int, int]
+    views: int
+    steps: int
+    text: int
+    keep: int
+    spans: bool
+    tiling: Tiling
+
+    @staticmethod
+    def of(
+        c: DitConfig, v: VaeConfig, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
+        frames: int = 49, size: tuple[int, int] | None = None, views: int = 4, steps: int = 50, text: int = 256,
+        keep: int = 0, spans: bool = False, tile: int = 256, overlap: float = 0.125,
+    ) -> Options:  # fmt: skip
+        latent_frames(frames)
+        height, width = bucket(9, 16, c.resolution) if size is None else _size(size, v.spatial)
+        return Options(
+            device, parse_dtype("bf16" if dtype in ("auto", None) else dtype), quant,
+            bounded("frames", frames, 1, 1 << 12), (height, width), bounded("views", views, 0, MAX_VIEWS),
+            bounded("steps", steps, 1, 1000), bounded("text", text, 1, MAX_TOKENS + 256), bounded("keep", keep, 0, 2),
+            bool(spans), Tiling(tile, overlap).checked(v.spatial),
+        )  # fmt: skip
+
+    @property
+    def kv(self) -> str:
+        return "f32" if self.dtype == "f32" and self.quant is None else "bf16"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked request."""
+
+    prompt: Prompt
+    negative: Prompt
+    shape: Shape
+    sigmas: np.ndarray
+    guidance: float
+    seeds: list[int]
+    noise: np.ndarray | None
+    text_lora: str
+    refresh: int
+    one_way: bool
+
+
+class DreamBooth3D(Model):
+    """A loaded 3DreamBooth: `personalize`, `subject`, `generate`, `explain`, `memory`. See engine.load."""
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, source: Files | None = None, variant: str | None = None, device: str = "cpu",
+        dtype: object = "auto", quant: str | None = None, frames: int = 49, size: tuple[int, int] | None = None,
+        views: int = 4, steps: int = 50, text: int = 256, keep: int = 0, spans: bool = False, tile: int = 256,
+        overlap: float = 0.125, strict: bool = False, progress: bool = True,
+    ) -> DreamBooth3D:  # fmt: skip
+        """From the released folder (`transformer/<variant>/`, `vae/`, `text_encoder/llm/`, `3dapter/`) or diffusers'.
+
+        variant: of several transformers. Limits of requests, which memory is laid out for: frames (4n + 1), size
+        (height, width) in pixels, default 16:9 of the transformer's resolution (any size of as many pixels will do),
+        views, steps, text (tokens of a prompt). keep: sets of the references' keys and values that every block keeps, 1
+        for one_way, 2 for refresh. spans: weights of their own for a subject's name, for text_lora='span'. tile,
+        overlap: of the VAE's tiles, in pixels and as a share; tile 0: none. quant: 'int8', or 'int4' for the language
+        model with int8 for the transformer.
+
+        Raises: ConfigError, CheckpointError, TokenizerError, InputError, MemoryPlanError; before any work.
+        """
+        files = source or Files.of(folder, variant)
+        try:
+            o = Options.of(files.dit_config, files.vae_config, device=device, dtype=dtype, quant=quant, frames=frames,
+                           size=size, views=views, steps=steps, text=text, keep=keep, spans=spans, tile=tile,
+                           overlap=overlap)  # fmt: skip
+            dry = cls(files.shapes(), o, name=folder.name, dry=True)
+            advice = "load with quant='int8', or lower frames=, size=, views= or steps="
+            require(dry.arena.summary(), o.device, advice)
+            return cls(files, o, name=folder.name, strict=strict, progress=progress)
+        except BaseException:
+            files.close()
+            raise
+
+    @classmethod
+    def sketch(cls, config: dict, **options: Any) -> DreamBooth3D:
+        """The model of a transformer's config.json without memory, beside the published VAE and text encoder: every
+        buffer is laid out, plans can be recorded, none can run."""
+        known = keywords(Options.of)
+        if unknown := sorted(set(options) - known):
+            raise InputError(f"3DreamBooth has no option {unknown[0]!r}; a plan takes {', '.join(sorted(known))}")
+        c, v = DitConfig.from_json(config), VaeConfig()
+        v = replace(v, z=c.channels)
+        text = replace(PUBLISHED_TEXT, width=c.text_dim)
+        files = Files(c, v, text, None, None).shapes()  # type: ignore[arg-type]
+        return cls(files, Options.of(c, v, **options), name="dreambooth3d", dry=True)
+
+    @classmethod
+    def plan(cls, config: dict, **options: Any) -> dict[str, int]:
+        """Bytes by part that a load would take, from config.json alone and by the code that allocates."""
+        return cls.sketch(config, **options).arena.summary()
+
+    def __init__(
+        self, files: Files, options: Options, *, name: str, strict: bool = False, progress: bool = False,
+        dry: bool = False,
+    ) -> None:  # fmt: skip
+        self.config, self.vae_config, self.options, self._strict = files.dit_config, files.vae_config, options, strict
+        self._files = files
+        arena, recipe = Arena(options.device, dry=dry), DreamRecipe(options.dtype, options.quant)
+        super().__init__(name, arena)
+        self.weight_notes = recipe.notes
+        with self._context():
+            self._build(arena, files, recipe, progress)
+        arena.seal()
+        self._latents = Lru[np.ndarray](LATENT_CACHE)
+        self._live: dict[str, tuple[Source | None, float]] = {}  # what each stream's weights hold
+        self._shown = ""  # the views that are placed
+        self._glyphs = None
+        if files.glyphs is not None and files.glyph_config is not None:
+            self._glyphs = GlyphEncoder(files.glyph_config, files.glyphs)
+        if self._prompts is None:
+            self.notes.append("no text encoder: prompts need one in text_encoder/")
+        if not dry:
+            with self._context():
+                self._adapt(None, "off", progress)
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        with strict_dispatch(self._strict), on(self.options.device):
+            yield
+
+    def _build(self, arena: Arena, files: Files, recipe: Recipe, progress: bool) -> None:
+        o, c, v = self.options, self.config, self.vae_config
+        height, width = o.size
+        cells = height * width // v.spatial**2
+        image = (((o.frames - 1) // v.temporal + 1) + o.views) * cells
+        bar = tqdm(total=3, desc=f"load {self.name}", disable=not progress, leave=False)
+        self._loader = DitLoader(c, files.dit, arena, recipe, views=o.views > 0, named=o.spans)
+        self._denoiser = Denoiser(arena, c, self._loader.load(), image=image, references=o.views * cells, text=o.text,
+                                  steps=o.steps, kv_format=o.kv, kept=o.keep)  # fmt: skip
+        bar.update()
+        vae = VaeLoader(v, files.vae, arena, recipe)
+        edge = o.tiling.pixels // v.spatial
+        rows, columns = (edge, edge) if edge else (height // v.spatial, width // v.spatial)
+        self._vae = Vae(arena, v, vae.encoder(), vae.decoder(), frames=(o.frames - 1) // v.temporal + 1, rows=rows,
+                        columns=columns, kv_format=o.kv)  # fmt: skip
+        bar.update()
+        self._tiles = Tiles(self._vae, o.tiling, self.plans)
+        self._prompts: PromptEncoder | None = None
+        if files.text is not None and files.text_config is not None:
+            text = TextLoader(files.text, arena, recipe).load(files.text_config)
+            self._prompts = PromptEncoder(arena, files.text_config, text, files.tokenizer, self.plans, kv_format=o.kv)
+        self._sampler = Sampler(self._denoiser, TimeTables(c, files.dit), self.plans)
+        bar.close()
+
+    def close(self) -> None:
+        """Also closes the checkpoint. See Model.close."""
+        files = None if self.closed else self._files
+        super().close()
+        if files is not None:
+            files.close()
+
+    # ------------------------------------------------------------------------------------------ subjects
+    def subject(
+        self, adapters: str | os.PathLike[str] | None = None, references: Sequence[Any] = (), *, shrink: float = SHRINK
+    ) -> Subject:  # fmt: skip
+        """A subject to generate: what is given decides how.
+
+        Args:
+            adapters: a folder that `personalize` left, a released subject's, or one file. None: the adapter of views
+                that came with the base, for a single reference.
+            references: views in the order of their times, the minimal set that the subject was trained beside: paths,
+                Pillow images or uint8 [H, W, 3 or 4], or (image, mask). None of them: the subject's adapter alone.
+            shrink: what a view with a mask is shrunk to on its white square.
+
+        Raises: InputError, CheckpointError; each names the view or the file.
+        """
+        if len(references) > self.options.views:
+            raise InputError(f"{len(references)} views; this load has room for {self.options.views} (views= at load)")
+        with self._use():
+            return read_subject(self.config, adapters, references, self._files.views, shrink)
+
+    def _adapt(self, subject: Subject | None, text_lora: str, progress: bool = False) -> None:
+        """Fills the streams whose weights are another subject's."""
+        made = Merged()
+        if subject is not None:
+            made = Merged(subject.adapter, subject.views_adapter, text_lora == "all", subject.scale)
+        wanted = {s: made.of(s) for s in self._loader.streams if s != "named" or text_lora == "span"}
+        if subject is None or not subject.views:
+            wanted.pop("views", None)  # nobody runs them
+        streams = [s for s, what in wanted.items() if self._live.get(s) != what]
+        for s in streams:
+            self._live.pop(s, None)
+        for _ in tqdm(self._loader.adapt(made, streams), desc="weights", disable=not progress, leave=False):
+            pass
+        if streams:
+            self._live |= {s: wanted[s] for s in streams}
+            self._shown = ""
+            self._sampler.forget_subject()
+
+    # ------------------------------------------------------------------------------------------ videos
+    def generate(
+        self, prompt: str, subject: Subject | None = None, *, negative_prompt: str = NEGATIVE, frames: int = 49,
+        aspect: str | tuple[int, int] = "16:9", resolution: str | None = None, size: tuple[int, int] | None = None,
+        steps: int = 50, guidance: float = 6.0, shift: float | None = None, seed: int | Sequence[int] = 42,
+        text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, noise: Any = None,
+        callback: Callable[[int, int, np.ndarray], object] | None = None, progress: bool = False,
+    ) -> Video | list[Video]:  # fmt: skip
+        """A video of a prompt, and of a subject that the prompt names in brackets: `A [rhs plushie] on a desk`.
+
+        Args:
+            prompt, negative_prompt: what is quoted with double quotes is to be written in the picture.
+            subject: of `subject`; None: a video of the prompt alone.
+            frames: 4n + 1.
+            aspect, resolution: 'W:H' or (W, H) and '720p' or '480p', default the transformer's; size: (height, width)
+                in pixels instead of both.
+            steps, guidance, shift: of the noise schedule; guidance 1 runs the prompt alone; shift None: the
+                transformer's own.
+            seed: 0 <= seed < 2^63; noise is the released bf16 draw of torch. Several: a video each.
+            text_lora: whether the subject's adapter works on the prompt: 'off' (as released), 'all', or 'span', on the
+                name in brackets alone.
+            refresh: run the references in every such step alone; beyond 1 an approximation.
+            one_way: references that see only themselves run once; default: as the subject was trained.
+            noise: f32 [z, T, h, w] instead of the seed's.
+            callback: called behind every step with its number, the number of steps and the latent [T, h, w, z]; where
+                it returns False, the work ends with CancelledError.
+
+        Raises: InputError (a value that cannot be used, named), CancelledError, BusyError, ClosedError.
+        """
+        job = self._job(prompt, subject, negative_prompt, frames, aspect, resolution, size, steps, guidance, shift,
+                        seed, text_lora, refresh, one_way, noise)  # fmt: skip
+        with self._use(), self._context():
+            made = [self._make(job, subject, s, callback, progress) for s in job.seeds]
+        return made[0] if not isinstance(seed, Sequence) else made
+
+    def _job(
+        self, prompt: Any, subject: Subject | None, negative: Any, frames: Any, aspect: Any, resolution: Any, size: Any,
+        steps: Any, guidance: Any, shift: Any, seed: Any, text_lora: str, refresh: Any, one_way: bool | None,
+        noise: Any,
+    ) -> _Job:  # fmt: skip
+        c, v, o = self.config, self.vae_config, self.options
+        asked = read_prompt(prompt, needs_span=subject is not None and subject.mode != "views")
+        if self._prompts is None:
+            raise InputError("this checkpoint has no text encoder; add text_encoder/ with its tokenizer.json")
+        if text_lora not in TEXT_LORA:
+            raise InputError(f"text_lora={show(text_lora)} is not one of {', '.join(TEXT_LORA)}")
+        if text_lora == "span" and not o.spans:
+            raise InputError("text_lora='span' needs weights of its own; load with spans=True")
+        if not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
+            raise InputError(f"guidance={show(guidance)} is not in [0, 100]")
+        if resolution is not None and resolution not in BASES:
+            raise InputError(f"resolution={show(resolution)} is not one of {', '.join(BASES)}")
+        shift = c.shift if shift is None else shift
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= 100:
+            raise InputError(f"shift={show(shift)} is not in (0, 100]")
+        steps = bounded("steps", steps, 1, o.steps)
+        refresh = bounded("refresh", refresh, 1, 1000)
+        height, width = _size(size, v.spatial) if size is not None else _bucket(aspect, resolution or c.resolution)
+        count = latent_frames(frames)
+        views = 0 if subject is None else len(subject.views)
+        shape = Shape(count, height // v.spatial, width // v.spatial, views, 1 if guidance == 1 else 2)
+        self._denoiser.fits(shape)
+        limit, *edges = self._vae.limits
+        rows, columns = (
+            (min(n, edge) if o.tiling.pixels else n) for n, edge in zip((shape.rows, shape.columns), edges)
+        )
+        self._vae.fits(count, rows, columns, limit)
+        seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
+        if not 1 <= len(seeds) <= MAX_SEEDS or any(type(s) is not int or not 0 <= s < 1 << 63 for s in seeds):
+            raise InputError(f"seed={show(seed)}; one or up to {MAX_SEEDS} integers in [0, 2^63) are needed")
+        given = None
+        if noise is not None:
+            given = np.asarray(noise, np.float32)
+            want = (c.channels, count, shape.rows, shape.columns)
+            if given.shape != want or not np.isfinite(given).all():
+                raise InputError(f"noise {list(given.shape)}; finite values {list(want)} are needed")
+            if len(seeds) > 1:
+                raise InputError("noise= is of one video; give one seed")
+        way = bool(views) and (subject is not None and subject.one_way if one_way is None else one_way)
+        kept = 1 if way else shape.branches if views and refresh > 1 else 0
+        if kept > o.keep:
+            raise InputError(f"references that are kept between steps need room for their keys; load with keep={kept}")
+        return _Job(asked, read_prompt(negative), shape, noise_levels(steps, shift), float(guidance), seeds, given,
+                    text_lora, 1 if way else refresh, way)  # fmt: skip
+
+    def _make(
+        self, job: _Job, subject: Subject | None, seed: int, callback: Callable[[int, int, np.ndarray], object] | None,
+        progress: bool,
+    ) -> Video:  # fmt: skip
+        v, s, stages = self.vae_config, job.shape, {}
+        clock = time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            stages[name], clock = 1e3 * (now - clock), now
+
+        texts, marked = self._texts(job)
+        if any(marked):
+            s = replace(s, named=sum(marked))
+        lap("text")
+        self._adapt(subject, job.text_lora)
+        lap("weights")
+        self._show(subject, s, seed)
+        lap("views")
+        steps = len(job.sigmas) - 1
+        bar = tqdm(total=steps, desc=self.name, disable=not progress, leave=False)
+
+        def each(i: int, latent: np.ndarray) -> bool:
+            bar.update()
+            shaped = latent.reshape(s.frames, s.rows, s.columns, -1)
+            return callback is None or callback(i, steps, shaped) is not False
+
+        noise = _rows(job.noise if job.noise is not None else released_noise(seed, self.config.channels, s))
+        clean = self._sampler.sample(s, noise, job.sigmas, job.guidance, texts, refresh=job.refresh,
+                                     one_way=job.one_way, marked=marked if s.named else (), each=each)  # fmt: skip
+        bar.close()
+        if clean is None:
+            raise CancelledError(f"the callback ended the work on {job.prompt.text!r}")
+        lap("sample")
+        latent = clean.reshape(s.frames, s.rows, s.columns, -1)
+        pixels = self._tiles.decode(latent)
+        lap("decode")
+        frames = (255 * np.clip(pixels / 2 + 0.5, 0, 1)).astype(np.uint8)
+        assert frames.shape[0] == (s.frames - 1) * v.temporal + 1
+        return Video(frames, latent, job.prompt.text, seed, stages)
+
+    def _states(self, prompt: Prompt, kind: str = "video") -> States:
+        assert self._prompts is not None
+        return self._prompts(prompt, kind)
+
+    def _texts(self, job: _Job) -> tuple[list[np.ndarray], list[bool]]:
+        """Refined tokens of each branch, and which of the last one's belong to a subject's name."""
+        out, marked = [], []
+        for prompt in (job.negative, job.prompt)[2 - job.shape.branches :]:
+            if prompt.glyphs and self._glyphs is None:
+                raise InputError(
+                    f"the prompt quotes {show(prompt.quoted[0])}, to be written, and there is no glyph encoder "
+                    "(text_encoder_2/); add it, or leave out the quotes"
+                )
+            glyphs = self._glyphs(prompt.glyphs) if prompt.glyphs and self._glyphs is not None else None
+            states = self._states(prompt)
+            out.append(self._sampler.tokens(job.sigmas, states.values, glyphs))
+            quoted = 0 if glyphs is None else len(glyphs)
+            marked = [False] * quoted + list(states.marked) if job.text_lora == "span" else []
+        return out, marked
+
+    def _show(self, subject: Subject | None, s: Shape, seed: int) -> None:
+        """Places the latents of a subject's views, where they are not there."""
+        if subject is None or not subject.views:
+            return
+        cell = self.vae_config.spatial
+        draw = f"{seed}" if subject.mode == "views" else ""  # a posterior's sample there, its mean otherwise
+        key = digest(subject.views_digest, f"{s.rows}x{s.columns}", draw)
+        if key == self._shown:
+            return
+        if (found := self._latents.get(key)) is None:
+            made = []
+            for i, view in enumerate(subject.views):
+                mean, deviation = self._tiles.encode(
+                    covering(view, s.rows * cell, s.columns * cell, name=f"view {i + 1}")[None]
+                )
+                if draw:
+                    mean = mean + deviation * np.random.default_rng([seed, i]).standard_normal(mean.shape, np.float32)
+                made.append(mean.reshape(-1, mean.shape[-1]))
+            found = np.stack(made)
+            self._latents.put(key, found, found.nbytes)
+        self._sampler.place_views(found)
+        self._shown = key
+
+    # ------------------------------------------------------------------------------------------ personalisation
+    def personalize(
+        self, photos: Sequence[Any], references: Sequence[Any], folder: str | os.PathLike[str], *,
+        name: str = "rhs object", side: int = SQUARE, resume: bool = False, save_every: int = 50,
+        on_step: Callable[[int, float], object] | None = None, preview_every: int = 0,
+        preview: dict[str, Any] | None = None, shrink: float = SHRINK,
+        views_adapter: str | os.PathLike[str] | None = None, **settings: Any,
+    ) -> Path:  # fmt: skip
+        """Trains a subject's adapters on single frames; returns the folder that `subject` takes.
+
+        Args:
+            photos: of the subject from all around (some 30), as `subject` takes views; their middle square is used.
+            references: the few views that it will be shown beside, in the order of their times.
+            folder: for checkpoints and the state of the run.
+            name: identifier and class, as prompts will name it: 'rhs plushie'.
+            side: of the square in pixels.
+            resume: go on from the state in the folder. save_every: steps between states.
+            on_step: called with the number of steps done and the loss; where it returns False the run stops, saved.
+            preview_every, preview: steps between videos in folder/previews, and arguments of `generate` for them.
+            views_adapter: pre-trained file of the references' adapter, default the base's.
+            settings: fields of `personalize.Settings`: steps, rank, lr, seed, one_way, dtype, ...
+
+        Raises: InputError, CheckpointError (before any work; a full disk: what was there stays), BusyError.
+        """
+        from engine.models.dreambooth3d.personalize import Personalizer, Photos, Settings
+
+        known = set(Settings.__dataclass_fields__)
+        if unknown := sorted(set(settings) - known):
+            raise InputError(f"a run has no setting {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+        if self._prompts is None:
+            raise InputError("this checkpoint has no text encoder; add text_encoder/ with its tokenizer.json")
+        chosen = Settings(**{"dtype": self.options.dtype} | settings).checked()
+        cell = self.vae_config.spatial
+        if type(side) is not int or not cell <= side <= 4096 or side % cell:
+            raise InputError(f"side={side!r}: a multiple of {cell} pixels, at most 4096")
+        if not 1 <= len(photos) <= 4096:
+            raise InputError(f"{len(photos)} photos; 1 to 4096 are needed")
+        prompt = read_prompt(f"A video of a [{name}].")
+        shots = [read_views([p], shrink=1.0)[0] for p in photos]
+        views = read_views(references, shrink=shrink)
+        where = Path(views_adapter) if views_adapter is not None else self._files.views
+        pretrained = None if where is None else open_adapter(where, self.config)[1]
+        with self._use(), self._context():
+            moments = [self._square(v, side) for v in shots]
+            clean = np.concatenate([self._square(v, side)[0] for v in views])
+            given = Photos(np.concatenate([m for m, _ in moments]), np.concatenate([d for _, d in moments]), clean,
+                           self._states(replace(prompt, spans=()), "image").values)  # fmt: skip
+        run = Personalizer(self.config, self._files.dit, given, chosen, pretrained)
+
+        def step(done: int, loss: float) -> bool:
+            go_on = on_step is None or on_step(done, loss) is not False
+            if preview_every and done % preview_every == 0:
+                subject = self.subject(run.export(Path(folder)), references, shrink=shrink)
+                made = self.generate(prompt=f"A video of a [{name}].", subject=subject, **(preview or {}))
+                assert isinstance(made, Video)
+                made.save(Path(folder) / "previews" / f"{done}.gif")
+            return go_on
+
+        return run.run(folder, save_every=save_every, resume=resume, on_step=step)
+
+    def _square(self, view: View, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation [1, z, h, w] of a photo's latent."""
+        mean, deviation = (x[0].transpose(2, 0, 1)[None] for x in self._tiles.encode(square(view.pixels, side)[None]))
+        return np.ascontiguousarray(mean), np.ascontiguousarray(deviation)
+
+
+def released_noise(seed: int, channels: int, s: Shape) -> np.ndarray:
+    """f32 [z, T, h, w] as the released pipeline draws it: bf16, by torch on the host.
+
+    Raises: InputError where torch is missing.
+    """
+    try:
+        import torch
+    except ImportError as fault:
+        raise InputError("noise of a seed is torch's: pip install torch, or give noise=") from fault
+    shape = (1, channels, s.frames, s.rows, s.columns)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.bfloat16)
+    return drawn[0].float().numpy()
+
+
+def _rows(noise: np.ndarray) -> np.ndarray:
+    """[z, T, h, w] as rows of cells."""
+    return np.ascontiguousarray(noise.reshape(len(noise), -1).T)
+
+
+def _size(value: Any, cell: int) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise InputError(f"size={show(value)} is not (height, width)")
+    height, width = (bounded("size", n, cell, 1 << 13) for n in value)
+    if height % cell or width % cell:
+        raise InputError(f"size={show(value)}: multiples of {cell} pixels are needed")
+    return height, width
+
+
+def _bucket(aspect: Any, resolution: str) -> tuple[int, int]:
+    parts = aspect.split(":") if isinstance(aspect, str) else aspect
+    try:
+        width, height = (float(n) for n in parts)
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"aspect={show(aspect)} is not 'W:H' or (W, H)") from fault
+    return bucket(height, width, resolution)
