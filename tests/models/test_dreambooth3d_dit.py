@@ -175,9 +175,10 @@ def test_random_shapes(seed: int) -> None:
     np.testing.assert_allclose(velocity, as_rows(want), atol=2e-5 * float(want.abs().max()), rtol=0)
 
 
-def test_one_way_references() -> None:
-    """They run once per subject, and every step finds what they left."""
-    tiny = Tiny(subject=joint(text=True), kept=1)
+@pytest.mark.parametrize("kept", [1, 2])
+def test_one_way_references(kept: int) -> None:
+    """They run once per subject, and every step finds what they left, in whichever set it looks."""
+    tiny = Tiny(subject=joint(text=True), kept=kept)
     place(tiny, 2)
     how = m.Adapters(adapter("tdb", KINDS["subject"]), adapter("tdapter", KINDS["views"]), "all")
     noise = as_rows(latent())

@@ -284,10 +284,11 @@ class Denoiser:
              rows=rows, ws=self._ws, label=f"{label}.{name}")  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ a step
-    def step(self, s: Shape, *, kept: bool = False) -> Callable[[], None]:
-        """What the plan of a shape's step records. kept: with the references' keys and values that are there."""
+    def step(self, s: Shape, *, kept: bool = False, branch: int | None = None) -> Callable[[], None]:
+        """What the plan of a shape's step records. kept: with the references' keys and values that are there. branch:
+        of guidance, that one alone."""
         self.fits(s)
-        return partial(self._step, s, kept)
+        return partial(self._step, s, kept, range(2 - s.branches, 2) if branch is None else range(branch, branch + 1))
 
     def keep_views(self, s: Shape, *, alone: bool = False) -> Callable[[], None]:
         """What the plan of a subject's references records, behind `place_shape` and before the first step. alone: keys
@@ -308,6 +309,8 @@ class Denoiser:
             self._project(rows, i, self._qkv, asks=not (last and self._apart))
             q, k, v = (rows.of(self._qkv).columns(j * d, d) for j in range(3))
             self._mix(i, 0, None if last else q, k, v, self._zero, rows.of(self._mixed))
+            if self.kept == 2:  # each branch looks into a set of its own
+                self._mix(i, 1, None, k, v, self._zero, rows.of(self._mixed))
             if not last:
                 self._finish(rows, i)
 
@@ -322,29 +325,29 @@ class Denoiser:
             out.append(_Rows("named", s.image, own, now, at + PARTS * d))
         return [*out, _Rows("text", s.image + own, self.text - own, now, at + PARTS * d, self._live[branch])]
 
-    def _step(self, s: Shape, kept: bool) -> None:
+    def _step(self, s: Shape, kept: bool, branches: range) -> None:
         c, w, d = self.c, self._w, self.c.width
         gather(self._table, self._row, self._now, label="modulations")
         latent, moved = (t.slice(0, (s.video, c.channels)) for t in (self.latent, self._next))
         end = 2 * PARTS * c.layers * d
-        for branch in range(2 - s.branches, 2):
-            label = ("without", "with")[branch]
-            self._branch(s, branch, latent, kept)
-            given, out = (latent, moved) if branch == 0 else (moved if s.branches == 2 else latent, latent)
+        for branch in branches:
+            label, first, last = ("without", "with")[branch], branch == branches[0], branch == branches[-1]
+            self._branch(s, branch, latent, kept, first)
+            given, out = latent if first else moved, latent if last else moved
             now = self._now.slice(0, (1, math.prod(self._now.shape)))
             move = Modulation(now, None, shift=end, scale=end + d, gate=end + (2 + branch) * d)
             self._product(self._x.rows(s.views * s.cells, s.video), w.last, out, label, "last", None, residual=given,
                           modulation=move)  # fmt: skip
 
-    def _branch(self, s: Shape, branch: int, latent: Tensor, kept: bool) -> None:
-        """The streams behind the last block."""
+    def _branch(self, s: Shape, branch: int, latent: Tensor, kept: bool, first: bool) -> None:
+        """The streams behind the last block. first: no other branch has run in this step."""
         words = self._x.rows(s.image, self.text)
         gather(self._tokens[branch], self._token, words, rows=self._words[branch], label="text")
         for rows in self._streams(s, 0, branch):
             if rows.name == "video" or (rows.name == "views" and not kept):
                 self._embed(rows, latent if rows.name == "video" else self.views)
         for i in range(self.c.layers):
-            self._block(s, i, branch, kept)
+            self._block(s, i, branch, kept, first)
 
     def _embed(self, rows: _Rows, latent: Tensor) -> None:
         given = latent.slice(0, (rows.count, self.c.channels))
@@ -377,14 +380,14 @@ class Denoiser:
         attention(q, k, v, cache, pos, None if q is None else out, heads=self.c.heads, causal=False, rope=self._rope,
                   rows=live, queries=queries, ws=self._ws, label=label)  # fmt: skip
 
-    def _block(self, s: Shape, i: int, branch: int, kept: bool) -> None:
+    def _block(self, s: Shape, i: int, branch: int, kept: bool, first: bool) -> None:
         d, last = self.c.width, i == self.c.layers - 1 and self.savings.dead
         shared = i == 0 and self.savings.shared
         qkv = self._first if shared else self._qkv
         streams = [r for r in self._streams(s, i, branch) if not (kept and r.name == "views")]
         for rows in streams:
             # The other branch, and the subject's plan, have left theirs.
-            known = shared and (rows.name == "views" or (rows.name == "video" and branch > 2 - s.branches))
+            known = shared and (rows.name == "views" or (rows.name == "video" and not first))
             if not known:
                 self._project(rows, i, qkv, asks=not (last and self._apart and rows.name != "video"))
         views = s.views * s.cells

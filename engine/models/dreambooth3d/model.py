@@ -35,6 +35,7 @@ from engine.models.dreambooth3d.dit_weights import DitLoader, TimeTables
 from engine.models.dreambooth3d.dit_weights import Subject as Merged
 from engine.models.dreambooth3d.files import Files, open_adapter
 from engine.models.dreambooth3d.glyphs import GlyphEncoder
+from engine.models.dreambooth3d.parallel import Share, guidance_share
 from engine.models.dreambooth3d.prompt import Prompt, read_prompt
 from engine.models.dreambooth3d.sampler import Sampler
 from engine.models.dreambooth3d.schedule import BASES, bucket, latent_frames, noise_levels
@@ -278,6 +279,7 @@ class DreamBooth3D(Model):
         aspect: str | tuple[int, int] = "16:9", resolution: str | None = None, size: tuple[int, int] | None = None,
         steps: int = 50, guidance: float = 6.0, shift: float | None = None, seed: int | Sequence[int] = 42,
         text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, noise: Any = None,
+        parallel: str | None = None,
         callback: Callable[[int, int, np.ndarray], object] | None = None, progress: bool = False,
     ) -> Video | list[Video]:  # fmt: skip
         """A video of a prompt, and of a subject that the prompt names in brackets: `A [rhs plushie] on a desk`.
@@ -296,6 +298,8 @@ class DreamBooth3D(Model):
             refresh: run the references in every such step alone; beyond 1 an approximation.
             one_way: references that see only themselves run once; default: as the subject was trained.
             noise: f32 [z, T, h, w] instead of the seed's.
+            parallel: 'guidance': this process runs one branch, and one that makes the same request the other; see
+                parallel.guidance_share.
             callback: called behind every step with its number, the number of steps and the latent [T, h, w, z]; where
                 it returns False, the work ends with CancelledError.
 
@@ -303,8 +307,13 @@ class DreamBooth3D(Model):
         """
         job = self._job(prompt, subject, negative_prompt, frames, aspect, resolution, size, steps, guidance, shift,
                         seed, text_lora, refresh, one_way, noise)  # fmt: skip
+        if parallel not in (None, "guidance"):
+            raise InputError(f"parallel={show(parallel)} is not None or 'guidance'")
+        if parallel and job.shape.branches != 2:
+            raise InputError("parallel='guidance' shares two branches, and guidance=1 runs one")
+        share = guidance_share() if parallel else None
         with self._use(), self._context():
-            made = [self._make(job, subject, s, callback, progress) for s in job.seeds]
+            made = [self._make(job, subject, s, share, callback, progress) for s in job.seeds]
         return made[0] if not isinstance(seed, Sequence) else made
 
     def _job(
@@ -358,8 +367,8 @@ class DreamBooth3D(Model):
                     text_lora, 1 if way else refresh, way)  # fmt: skip
 
     def _make(
-        self, job: _Job, subject: Subject | None, seed: int, callback: Callable[[int, int, np.ndarray], object] | None,
-        progress: bool,
+        self, job: _Job, subject: Subject | None, seed: int, share: Share | None,
+        callback: Callable[[int, int, np.ndarray], object] | None, progress: bool,
     ) -> Video:  # fmt: skip
         v, s, stages = self.vae_config, job.shape, {}
         clock = time.perf_counter()
@@ -387,7 +396,8 @@ class DreamBooth3D(Model):
 
         noise = _rows(job.noise if job.noise is not None else released_noise(seed, self.config.channels, s))
         clean = self._sampler.sample(s, noise, job.sigmas, job.guidance, texts, refresh=job.refresh,
-                                     one_way=job.one_way, marked=marked if s.named else (), each=each)  # fmt: skip
+                                     one_way=job.one_way, marked=marked if s.named else (), share=share,
+                                     each=each)  # fmt: skip
         bar.close()
         if clean is None:
             raise CancelledError(f"the callback ended the work on {job.prompt.text!r}")

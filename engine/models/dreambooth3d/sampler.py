@@ -11,9 +11,15 @@ from engine.blocks.lru import Lru, digest
 from engine.errors import InputError
 from engine.models.dreambooth3d.dit import Denoiser, Shape
 from engine.models.dreambooth3d.dit_weights import TimeTables
+from engine.models.dreambooth3d.parallel import Share
 from engine.runtime.plan import Plan, capture
 
 TEXT_CACHE = 1 << 30  # bytes of refined tokens
+
+
+def _name(kind: str, shape: Shape, share: Share | None) -> str:
+    """Of a step's plan."""
+    return f"{kind}.{shape.name}" + ("" if share is None else f".branch{share.branch}")
 
 
 class Sampler:
@@ -72,7 +78,7 @@ class Sampler:
 
     def sample(
         self, shape: Shape, noise: np.ndarray, sigmas: np.ndarray, guidance: float, texts: list[np.ndarray], *,
-        refresh: int = 1, one_way: bool = False, marked: Sequence[bool] = (),
+        refresh: int = 1, one_way: bool = False, marked: Sequence[bool] = (), share: Share | None = None,
         each: Callable[[int, np.ndarray], bool] | None = None,
     ) -> np.ndarray | None:  # fmt: skip
         """The clean latent [video, channels] from noise of that shape; texts: tokens of each branch's prompt.
@@ -80,6 +86,7 @@ class Sampler:
         refresh: the references run in every such step, and in the others keep their keys and values: an approximation
         beyond 1. one_way: the references see only themselves, and run once per subject: for adapters trained so.
         marked: which tokens of the last prompt are of a subject's name, where those have weights of their own.
+        share: this process's, where another one runs the other branch.
         each: called behind every step with its number and the latent; where it returns False, the rest is left out and
         the result is None.
 
@@ -99,24 +106,35 @@ class Sampler:
         if sum(marked) != shape.named or (marked and len(marked) != texts[-1].shape[1]):
             raise InputError(f"{sum(marked)} of {len(marked)} tokens are marked, where the shape has {shape.named}")
         order = np.argsort(~np.array(marked, bool), kind="stable")
-        self._prepare(shape, sigmas, kept, one_way)
+        if share is not None and shape.branches != 2:
+            raise InputError("two processes share the two branches of guidance, and this request has one")
+        self._prepare(shape, sigmas, kept, one_way, share)
         d.place_moves(sigmas, guidance, shape.branches)
         for branch, tokens in zip(range(2 - shape.branches, 2), texts, strict=True):
             # Texts have no positions, so their order is free.
             d.place_text(branch, tokens[:, order] if branch and shape.named else tokens, shape)
         latent = d.latent.rows(0, shape.video)
         latent.write(noise)
-        whole, short = (self._plans.get(f"{kind}.{shape.name}") for kind in ("step", "kept"))
+        whole, short = (self._plans.get(_name(kind, shape, share)) for kind in ("step", "kept"))
         for i in range(steps):
             d.place_step(i)
             plan = short if kept and (one_way or i % refresh) else whole
             assert plan is not None
+            before = None if share is None else latent.read()
             plan.replay()
-            if each is not None and not each(i, latent.read()):
+            if share is None or before is None:
+                go_on = each is None or each(i, latent.read())
+            else:
+                after = before + share.summed(latent.read() - before)
+                latent.write(after)
+                wants = each is None or each(i, after)
+                # Both processes end together.
+                go_on = share.summed(np.array([wants], np.float32))[0] == 2
+            if not go_on:
                 return None
         return latent.read()
 
-    def _prepare(self, shape: Shape, sigmas: np.ndarray, kept: bool, one_way: bool) -> None:
+    def _prepare(self, shape: Shape, sigmas: np.ndarray, kept: bool, one_way: bool, share: Share | None) -> None:
         """Schedule, positions and plans of a request, where they differ from the last one's."""
         d = self._d
         d.fits(shape)
@@ -124,18 +142,18 @@ class Sampler:
             self._sigmas = np.zeros(0)
             d.place_schedule(len(sigmas) - 1, self._tables.modulations(sigmas[:-1]))
             self._sigmas = sigmas.copy()
+        branch = None if share is None else share.branch
         wanted: dict[str, Callable[[], Callable[[], None]]] = {}
         if not (kept and one_way):
-            wanted["step"] = partial(d.step, shape)
+            wanted[_name("step", shape, share)] = partial(d.step, shape, branch=branch)
         if kept:
-            wanted["kept"] = partial(d.step, shape, kept=True)
+            wanted[_name("kept", shape, share)] = partial(d.step, shape, kept=True, branch=branch)
         first = ""  # the plan of the references alone
         if shape.views and one_way and kept:
-            first, wanted["alone"] = "alone", partial(d.keep_views, shape, alone=True)
+            first, wanted[f"alone.{shape.name}"] = "alone", partial(d.keep_views, shape, alone=True)
         elif shape.views and d.savings.shared:
-            first, wanted["views"] = "views", partial(d.keep_views, shape)
-        for kind, make in wanted.items():
-            name = f"{kind}.{shape.name}"
+            first, wanted[f"views.{shape.name}"] = "views", partial(d.keep_views, shape)
+        for name, make in wanted.items():
             if name not in self._plans:
                 self._plans[name] = capture(make(), name)
         if (shape, first) != self._placed:
