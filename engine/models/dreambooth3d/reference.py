@@ -53,7 +53,10 @@ def linear(w: Weights, name: str, x: Tensor, adapter: Weights | None = None, sha
     if adapter is None or f"{name}.lora_A.weight" not in adapter:
         return out
     a, b = (adapter[f"{name}.lora_{m}.weight"].flatten(1) for m in "AB")
-    return out + share * F.linear(F.linear(x, a), b)
+    low = F.linear(x, a)
+    if isinstance(share, float) and share == 1.0:
+        return torch.addmm(out, low, b.T)  # one pass, also backwards
+    return out + share * F.linear(low, b)
 
 
 def merged(w: Weights, adapter: Weights) -> dict[str, Tensor]:
@@ -71,6 +74,11 @@ def norm(x: Tensor, eps: float, w: Weights | None = None, name: str = "") -> Ten
     """Layer norm, with a weight and a bias where a name is given."""
     weight, bias = (None, None) if w is None else (w[f"{name}.weight"], w[f"{name}.bias"])
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm times 1 + scale, plus shift."""
+    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, eps)
 
 
 def embedded_time(w: Weights, name: str, c: DitConfig, timestep: float) -> Tensor:
@@ -136,13 +144,13 @@ class Stream:
 def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream], one_way: bool = False) -> list[Stream]:
     """The streams behind a block: attention over all of their tokens together, everything else for itself.
 
-    one_way: streams between the first and the last, which are references, see only one another.
+    one_way: the stream between the first and the last, which is the references', sees only itself.
     """
     mods, parts = [], []
     for s in streams:
         mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6))
         shift, scale = mods[-1][:2]
-        h = norm(s.x, c.eps) * (1 + scale) + shift
+        h = modulated(s.x, c.eps, shift, scale)
         q, k, v = (heads(s.product(w, name, f"attn_{n}", h), c) for n in "qkv")
         q, k = (F.rms_norm(t, t.shape[-1:], w[f"{name}.{s.kind}_attn_{n}_norm.weight"], c.eps)
                 for t, n in ((q, "q"), (k, "k")))  # fmt: skip
@@ -157,9 +165,9 @@ def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream], one_wa
         mixed = (mixed[0], *attend(q[:, views], k[:, views], v[:, views]).split(sizes[1:-1]), mixed[-1])
     out = []
     for s, (_, _, g1, shift, scale, g2), o in zip(streams, mods, mixed):
-        x = s.x + g1 * s.product(w, name, "attn_proj", o)
-        h = F.gelu(s.product(w, name, "mlp.fc1", norm(x, c.eps) * (1 + scale) + shift), approximate="tanh")
-        x = x + g2 * s.product(w, name, "mlp.fc2", h)
+        x = torch.addcmul(s.x, g1, s.product(w, name, "attn_proj", o))
+        h = F.gelu(s.product(w, name, "mlp.fc1", modulated(x, c.eps, shift, scale)), approximate="tanh")
+        x = torch.addcmul(x, g2, s.product(w, name, "mlp.fc2", h))
         out.append(Stream(x, s.kind, s.vec, s.angles, s.adapter, s.share))
     return out
 
@@ -168,20 +176,20 @@ def begin(
     w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
     adapters: Adapters = Adapters(), glyphs: Tensor | None = None,
 ) -> list[Stream]:  # fmt: skip
-    """Streams in front of the first block: video, each reference, text. See `velocity`."""
+    """Streams in front of the first block: video, references if there are any, text. See `velocity`."""
     rows, columns = latent.shape[2:]
 
-    def tokens(z: Tensor, adapter: Weights | None, first: int) -> tuple[Tensor, Tensor]:
-        """What is embedded: the latent, and no condition behind it."""
+    def tokens(z: Tensor, adapter: Weights | None) -> tuple[Tensor, Tensor]:
+        """What is embedded: the latent, and no condition behind it. The time of a reference is its number."""
         full = F.pad(z.flatten(1).T, (0, c.in_channels - len(z)))
-        angles = rotation_angles(z.shape[1], rows, columns, c.axes, c.theta, first)
+        angles = rotation_angles(z.shape[1], rows, columns, c.axes, c.theta)
         return linear(w, EMBED, full, adapter), torch.from_numpy(angles)
 
     vec, still = (embedded_time(w, "time_in", c, at) for at in (timestep, 0.0))
-    x, angles = tokens(latent, adapters.subject, 0)
+    x, angles = tokens(latent, adapters.subject)
     streams = [Stream(x, "img", vec, angles, adapters.subject, adapters.scale)]
-    for i, view in enumerate(views):
-        x, angles = tokens(view[:, None], adapters.views, i)
+    if len(views):
+        x, angles = tokens(torch.stack(tuple(views), 1), adapters.views)
         streams.append(Stream(x, "img", still, angles, adapters.views))
     x = text_tokens(w, c, states, timestep, glyphs)
     share = adapters.share
