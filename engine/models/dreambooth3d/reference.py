@@ -141,23 +141,28 @@ class Stream:
         return linear(w, f"{block}.{self.kind}_{name}", x, self.adapter, self.share)
 
 
-def block(w: Weights, c: DitConfig, name: str, streams: Sequence[Stream], one_way: bool = False) -> list[Stream]:
+def block(
+    w: Weights, c: DitConfig, name: str, streams: Sequence[Stream], one_way: bool = False, last: bool = False
+) -> list[Stream]:  # fmt: skip
     """The streams behind a block: attention over all of their tokens together, everything else for itself.
 
+    last: only the first stream, which is the video, goes on; of the others there are only keys and values.
     one_way: the stream between the first and the last, which is the references', sees only itself.
     """
-    mods, parts = [], []
+    mods: list[tuple[Tensor, ...]] = []
+    parts: list[dict[str, Tensor]] = []
     for s in streams:
         mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6))
         shift, scale = mods[-1][:2]
         h = modulated(s.x, c.eps, shift, scale)
-        q, k, v = (heads(s.product(w, name, f"attn_{n}", h), c) for n in "qkv")
-        q, k = (F.rms_norm(t, t.shape[-1:], w[f"{name}.{s.kind}_attn_{n}_norm.weight"], c.eps)
-                for t, n in ((q, "q"), (k, "k")))  # fmt: skip
-        if s.angles is not None:
-            q, k = turn(q, s.angles), turn(k, s.angles)
-        parts.append((q, k, v))
-    q, k, v = (torch.cat(part, 1) for part in zip(*parts))
+        made = {n: heads(s.product(w, name, f"attn_{n}", h), c) for n in ("kv" if last and parts else "qkv")}
+        for n in made.keys() - {"v"}:
+            t = F.rms_norm(made[n], made[n].shape[-1:], w[f"{name}.{s.kind}_attn_{n}_norm.weight"], c.eps)
+            made[n] = t if s.angles is None else turn(t, s.angles)
+        parts.append(made)
+    q, k, v = (torch.cat([made[n] for made in parts if n in made], 1) for n in "qkv")
+    if last:
+        streams, mods, one_way = streams[:1], mods[:1], False
     sizes = [len(s.x) for s in streams]
     mixed = attend(q, k, v).split(sizes)
     if one_way and len(streams) > 2:
@@ -211,7 +216,7 @@ def velocity(
     """
     streams = begin(w, c, latent, timestep, states, views, adapters, glyphs)
     for i in range(c.layers):
-        streams = block(w, c, f"double_blocks.{i}", streams, one_way)
+        streams = block(w, c, f"double_blocks.{i}", streams, one_way, last=i == c.layers - 1)
     video = streams[0]
     shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2)
     out = linear(w, "final_layer.linear", norm(video.x, c.eps) * (1 + scale) + shift)
