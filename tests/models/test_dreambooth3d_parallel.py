@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from _dreambooth import FRAMES, SIZE, picture, write_adapters, write_checkpoint
 
 import engine
@@ -18,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_two_processes(tmp_path: Path) -> None:
+    assert dist.is_gloo_available()
     base, trained = write_checkpoint(tmp_path / "base"), write_adapters(tmp_path / "subject")
     paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), *sys.path])
     halves = [
