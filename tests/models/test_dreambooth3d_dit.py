@@ -175,6 +175,33 @@ def test_random_shapes(seed: int) -> None:
     np.testing.assert_allclose(velocity, as_rows(want), atol=2e-5 * float(want.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("seen", [(0, 1, 7, 23, 24, 30), tuple(range(48)), (40,), ()])
+def test_some_cells_of_references(seen: tuple[int, ...]) -> None:
+    """Each at its own place: as attention over all tokens whose other references are left out."""
+    tiny = Tiny(subject=joint(text=True), kept=1)
+    place(tiny, 2)
+    whole = tiny.sampler.sample(shape(2, 1), as_rows(latent()), ONE, 1.0, tiny.texts(ONE, "cond"))
+    got = tiny.sampler.sample(replace(shape(2, 1), seen=seen), as_rows(latent()), ONE, 1.0, tiny.texts(ONE, "cond"))
+    assert got is not None and whole is not None
+    how = m.Adapters(adapter("tdb", KINDS["subject"]), adapter("tdapter", KINDS["views"]), "all")
+    streams = m.begin(weights(), CONFIG, latent(), TIME, states("cond"), views(), how)
+    one = streams[1]
+    chosen = list(seen)
+    assert one.angles is not None
+    streams[1] = replace(one, x=one.x[chosen], angles=one.angles[chosen])
+    if not seen:
+        del streams[1]
+    for i in range(CONFIG.layers):
+        streams = m.block(weights(), CONFIG, f"double_blocks.{i}", streams)
+    np.testing.assert_allclose((as_rows(latent()) - got) / ONE[0], m.ended(weights(), CONFIG, streams[0]).T, **NEAR)
+    if len(seen) == 48:
+        np.testing.assert_array_equal(got, whole)
+    again = tiny.sampler.sample(shape(2, 1), as_rows(latent()), ONE, 1.0, tiny.texts(ONE, "cond"))
+    np.testing.assert_array_equal(again, whole)
+    with pytest.raises(InputError, match="beyond the 48"):
+        tiny.sampler.sample(replace(shape(2, 1), seen=(48,)), as_rows(latent()), ONE, 1.0, tiny.texts(ONE, "cond"))
+
+
 @pytest.mark.parametrize("kept", [1, 2])
 def test_one_way_references(kept: int) -> None:
     """They run once per subject, and every step finds what they left, in whichever set it looks."""

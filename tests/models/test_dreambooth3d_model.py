@@ -217,6 +217,18 @@ def test_kept_references(model: Any, trained: Path) -> None:
     np.testing.assert_array_equal(model.generate(NAMED, subject, **ASK).latent, exact.latent)
 
 
+def test_pruned_references(model: Any, trained: Path) -> None:
+    """Fewer tokens; a margin that leaves nothing out is exact."""
+    subject = model.subject(trained, [picture(0), picture(1)])
+    exact = model.generate(NAMED, subject, **ASK | {"size": (96, 64)})
+    whole = model.generate(NAMED, subject, prune=9, **ASK | {"size": (96, 64)})
+    np.testing.assert_array_equal(whole.latent, exact.latent)
+    fewer = model.generate(NAMED, subject, prune=0, **ASK | {"size": (96, 64)})
+    assert 0 < np.linalg.norm(fewer.latent - exact.latent) < 0.5 * np.linalg.norm(exact.latent)
+    with pytest.raises(InputError, match="prune"):
+        model.generate(NAMED, subject, prune=-1, **ASK)
+
+
 def test_glyphs(model: Any) -> None:
     """What is quoted goes through the byte-level encoder."""
     quoted = model.generate('A mug that says "tea"', **ASK)

@@ -44,7 +44,8 @@ NODES_PER_STREAM, REFINER_NODES = 5, 5
 @dataclass(frozen=True)
 class Shape:
     """Of a request: latent frames, rows and columns of cells, references, branches of guidance (1 or 2), tokens of a
-    subject's name that have weights of their own."""
+    subject's name that have weights of their own. seen: which of the references' cells, counted over all of them, are
+    there; None: all."""
 
     frames: int
     rows: int
@@ -52,13 +53,15 @@ class Shape:
     views: int = 0
     branches: int = 2
     named: int = 0
+    seen: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
         """Of its plans."""
         guided = "" if self.branches == 2 else ".unguided"
         named = f".{self.named}" if self.named else ""
-        return f"{self.frames}x{self.rows}x{self.columns}.{self.views}{guided}{named}"
+        seen = "" if self.seen is None else f".of{self.shown}"
+        return f"{self.frames}x{self.rows}x{self.columns}.{self.views}{guided}{named}{seen}"
 
     @property
     def cells(self) -> int:
@@ -72,7 +75,12 @@ class Shape:
     @property
     def image(self) -> int:
         """Tokens of video and references."""
-        return (self.frames + self.views) * self.cells
+        return self.video + self.shown
+
+    @property
+    def shown(self) -> int:
+        """Tokens of references."""
+        return self.views * self.cells if self.seen is None else len(self.seen)
 
 
 @dataclass(frozen=True)
@@ -173,22 +181,25 @@ class Denoiser:
         """Positions of a request's tokens."""
         self.fits(s)
         c, half = self.c, self.c.head_dim // 2
-        angles = [rotation_angles(1, s.rows, s.columns, c.axes, c.theta, i) for i in range(s.views)]
-        angles.append(rotation_angles(s.frames, s.rows, s.columns, c.axes, c.theta))
+        angles = [rotation_angles(n, s.rows, s.columns, c.axes, c.theta) for n in (s.views, s.frames)]
+        if s.seen is not None:
+            angles[0] = angles[0][list(s.seen)]
         table = np.zeros(self._rope.shape, np.float32)
         table[:, :half] = 1  # a text has no positions
         turned = np.concatenate(angles)
         table[: s.image] = np.concatenate([np.cos(turned), np.sin(turned)], 1)
         self._rope.write(table)
-        self._behind.write(np.array([s.views * s.cells], np.int32))
+        self._behind.write(np.array([s.shown], np.int32))
 
     def fits(self, s: Shape) -> None:
         """InputError unless the buffers hold the shape."""
         if min(s.frames, s.rows, s.columns) < 1 or s.branches not in (1, 2) or min(s.views, s.named) < 0:
             raise InputError(f"{s} is no shape of a request")
-        if s.image > self.image or s.views * s.cells > self.references:
+        if s.seen is not None and not all(0 <= i < s.views * s.cells for i in s.seen):
+            raise InputError(f"cells beyond the {s.views * s.cells} of {s.views} references are to be seen")
+        if s.image > self.image or s.shown > self.references:
             raise InputError(
-                f"{s.image} tokens, {s.views * s.cells} of them of references, exceed what was laid out at load "
+                f"{s.image} tokens, {s.shown} of them of references, exceed what was laid out at load "
                 f"({self.image}, {self.references}); load with larger limits"
             )
         if s.named and "named" not in self._w.blocks[0]:
@@ -318,8 +329,8 @@ class Denoiser:
         """References if there are any, video, text that has weights of its own, and the other text."""
         d, at = self.c.width, 2 * PARTS * block * self.c.width
         now, still = (t.slice(0, (1, math.prod(t.shape))) for t in (self._now, self._still))
-        out = [_Rows("views", 0, s.views * s.cells, still, PARTS * block * d)] if s.views else []
-        out.append(_Rows("video", s.views * s.cells, s.video, now, at))
+        out = [_Rows("views", 0, s.shown, still, PARTS * block * d)] if s.shown else []
+        out.append(_Rows("video", s.shown, s.video, now, at))
         own = s.named if branch else 0
         if own:
             out.append(_Rows("named", s.image, own, now, at + PARTS * d))
@@ -336,7 +347,7 @@ class Denoiser:
             given, out = latent if first else moved, latent if last else moved
             now = self._now.slice(0, (1, math.prod(self._now.shape)))
             move = Modulation(now, None, shift=end, scale=end + d, gate=end + (2 + branch) * d)
-            self._product(self._x.rows(s.views * s.cells, s.video), w.last, out, label, "last", None, residual=given,
+            self._product(self._x.rows(s.shown, s.video), w.last, out, label, "last", None, residual=given,
                           modulation=move)  # fmt: skip
 
     def _branch(self, s: Shape, branch: int, latent: Tensor, kept: bool, first: bool) -> None:
@@ -390,7 +401,7 @@ class Denoiser:
             known = shared and (rows.name == "views" or (rows.name == "video" and not first))
             if not known:
                 self._project(rows, i, qkv, asks=not (last and self._apart and rows.name != "video"))
-        views = s.views * s.cells
+        views = s.shown
 
         def parts(first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
             rows = qkv.rows(first, count)
@@ -424,5 +435,5 @@ class Denoiser:
 
     def node_budget(self, s: Shape) -> int:
         """Most nodes of a step of this shape."""
-        streams = (3 if s.views else 2) + bool(s.named)
+        streams = (3 if s.shown else 2) + bool(s.named)
         return 1 + s.branches * (streams + self.c.layers * (NODES_PER_STREAM * streams + 1) + 2)

@@ -45,7 +45,7 @@ from engine.models.dreambooth3d.tiles import Tiles, Tiling
 from engine.models.dreambooth3d.vae import Vae
 from engine.models.dreambooth3d.vae_weights import VaeLoader
 from engine.models.dreambooth3d.video import Video
-from engine.models.dreambooth3d.views import MAX_VIEWS, SHRINK, SQUARE, View, covering, read_views, square
+from engine.models.dreambooth3d.views import MAX_VIEWS, SHRINK, SQUARE, View, covering, read_views, seen_cells, square
 from engine.ops.dispatch import strict as strict_dispatch
 from engine.runtime.arena import Arena
 from engine.runtime.device import on, parse_dtype
@@ -278,8 +278,8 @@ class DreamBooth3D(Model):
         self, prompt: str, subject: Subject | None = None, *, negative_prompt: str = NEGATIVE, frames: int = 49,
         aspect: str | tuple[int, int] = "16:9", resolution: str | None = None, size: tuple[int, int] | None = None,
         steps: int = 50, guidance: float = 6.0, shift: float | None = None, seed: int | Sequence[int] = 42,
-        text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, noise: Any = None,
-        parallel: str | None = None,
+        text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, prune: int | None = None,
+        noise: Any = None, parallel: str | None = None,
         callback: Callable[[int, int, np.ndarray], object] | None = None, progress: bool = False,
     ) -> Video | list[Video]:  # fmt: skip
         """A video of a prompt, and of a subject that the prompt names in brackets: `A [rhs plushie] on a desk`.
@@ -296,6 +296,8 @@ class DreamBooth3D(Model):
             text_lora: whether the subject's adapter works on the prompt: 'off' (as released), 'all', or 'span', on the
                 name in brackets alone.
             refresh: run the references in every such step alone; beyond 1 an approximation.
+            prune: keep of the references what lies within so many cells of 16 pixels around the object, and the frame's
+                border: an approximation; None: all of them.
             one_way: references that see only themselves run once; default: as the subject was trained.
             noise: f32 [z, T, h, w] instead of the seed's.
             parallel: 'guidance': this process runs one branch, and one that makes the same request the other; see
@@ -306,7 +308,7 @@ class DreamBooth3D(Model):
         Raises: InputError (a value that cannot be used, named), CancelledError, BusyError, ClosedError.
         """
         job = self._job(prompt, subject, negative_prompt, frames, aspect, resolution, size, steps, guidance, shift,
-                        seed, text_lora, refresh, one_way, noise)  # fmt: skip
+                        seed, text_lora, refresh, one_way, prune, noise)  # fmt: skip
         if parallel not in (None, "guidance"):
             raise InputError(f"parallel={show(parallel)} is not None or 'guidance'")
         if parallel and job.shape.branches != 2:
@@ -319,7 +321,7 @@ class DreamBooth3D(Model):
     def _job(
         self, prompt: Any, subject: Subject | None, negative: Any, frames: Any, aspect: Any, resolution: Any, size: Any,
         steps: Any, guidance: Any, shift: Any, seed: Any, text_lora: str, refresh: Any, one_way: bool | None,
-        noise: Any,
+        prune: Any, noise: Any,
     ) -> _Job:  # fmt: skip
         c, v, o = self.config, self.vae_config, self.options
         asked = read_prompt(prompt, needs_span=subject is not None and subject.mode != "views")
@@ -342,6 +344,11 @@ class DreamBooth3D(Model):
         count = latent_frames(frames)
         views = 0 if subject is None else len(subject.views)
         shape = Shape(count, height // v.spatial, width // v.spatial, views, 1 if guidance == 1 else 2)
+        if prune is not None and subject is not None:
+            margin = bounded("prune", prune, 0, 1 << 12)
+            chosen = [seen_cells(view, height, width, v.spatial, margin) + i * shape.cells
+                      for i, view in enumerate(subject.views)]  # fmt: skip
+            shape = replace(shape, seen=tuple(np.concatenate([*chosen, np.zeros(0, np.int64)]).tolist()))
         self._denoiser.fits(shape)
         limit, *edges = self._vae.limits
         rows, columns = (

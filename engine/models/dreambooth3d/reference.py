@@ -217,10 +217,13 @@ def velocity(
     streams = begin(w, c, latent, timestep, states, views, adapters, glyphs)
     for i in range(c.layers):
         streams = block(w, c, f"double_blocks.{i}", streams, one_way, last=i == c.layers - 1)
-    video = streams[0]
+    return ended(w, c, streams[0]).unflatten(1, latent.shape[1:])
+
+
+def ended(w: Weights, c: DitConfig, video: Stream) -> Tensor:
+    """[z, L] of the video behind the last block."""
     shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2)
-    out = linear(w, "final_layer.linear", norm(video.x, c.eps) * (1 + scale) + shift)
-    return out.T.unflatten(1, latent.shape[1:])
+    return linear(w, "final_layer.linear", modulated(video.x, c.eps, shift, scale)).T
 
 
 # ------------------------------------------------------------------------------------------------------ sampling

@@ -32,6 +32,7 @@ class Sampler:
         self._d, self._tables, self._plans = denoiser, tables, plans
         self._texts = Lru[np.ndarray](TEXT_CACHE)
         self._sigmas = np.zeros(0)
+        self._views = np.zeros((0, denoiser.c.channels), np.float32)
         self._placed: tuple[Shape, str] | None = None  # the shape, and what has run of its references
         for name, step in denoiser.text_steps().items():
             plans[name] = capture(step, name)
@@ -74,7 +75,7 @@ class Sampler:
     def place_views(self, views: np.ndarray) -> None:
         """Clean latents [references, cells, channels], in the order of their times."""
         self.forget_subject()
-        self._d.views.rows(0, views.shape[0] * views.shape[1]).write(views.reshape(-1, views.shape[-1]))
+        self._views = np.ascontiguousarray(views.reshape(-1, views.shape[-1]), np.float32)
 
     def sample(
         self, shape: Shape, noise: np.ndarray, sigmas: np.ndarray, guidance: float, texts: list[np.ndarray], *,
@@ -98,7 +99,7 @@ class Sampler:
                 f"refresh={refresh}, noise {list(noise.shape)}, texts of {[len(t) for t in texts]} steps; at least 1, "
                 f"[{shape.video}, {d.c.channels}] and {steps} steps are needed"
             )
-        kept = bool(shape.views) and (one_way or refresh > 1)
+        kept = bool(shape.shown) and (one_way or refresh > 1)
         if kept and d.kept < (1 if one_way else shape.branches):
             raise InputError(
                 "references that are kept between steps need room for their keys and values: kept= at load"
@@ -149,9 +150,9 @@ class Sampler:
         if kept:
             wanted[_name("kept", shape, share)] = partial(d.step, shape, kept=True, branch=branch)
         first = ""  # the plan of the references alone
-        if shape.views and one_way and kept:
+        if shape.shown and one_way and kept:
             first, wanted[f"alone.{shape.name}"] = "alone", partial(d.keep_views, shape, alone=True)
-        elif shape.views and d.savings.shared:
+        elif shape.shown and d.savings.shared:
             first, wanted[f"views.{shape.name}"] = "views", partial(d.keep_views, shape)
         for name, make in wanted.items():
             if name not in self._plans:
@@ -159,6 +160,9 @@ class Sampler:
         if (shape, first) != self._placed:
             self._placed = None
             d.place_shape(shape)
+            if shape.shown:
+                chosen = slice(None) if shape.seen is None else list(shape.seen)
+                d.views.rows(0, shape.shown).write(self._views[: shape.views * shape.cells][chosen])
             if first:
                 self._plans[f"{first}.{shape.name}"].replay()
             self._placed = (shape, first)

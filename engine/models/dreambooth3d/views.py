@@ -128,6 +128,21 @@ def covering(view: View, height: int, width: int, *, name: str = "a view") -> np
     return np.clip(2 * out - 1, -1, 1)
 
 
+def seen_cells(view: View, height: int, width: int, cell: int, margin: int) -> np.ndarray:
+    """i64: cells of the frame, by row and column, within `margin` cells of the object, and those of its border."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `covering` has told, or will
+        pixels = covering(view, height, width)
+    grid = (height // cell, width // cell)
+    inside = (pixels.min(-1) < 2 * NEAR_WHITE - 1).reshape(grid[0], cell, grid[1], cell).any((1, 3))
+    keep = np.zeros(grid, bool)
+    if (box := _box(inside)) is not None:
+        keep[max(0, box[0] - margin) : box[2] + margin, max(0, box[1] - margin) : box[3] + margin] = True
+    keep[[0, -1]] = True
+    keep[:, [0, -1]] = True
+    return np.flatnonzero(keep)
+
+
 def square(pixels: np.ndarray, side: int = SQUARE) -> np.ndarray:
     """f32 [side, side, 3] in [-1, 1] of a photo [H, W, 3] in [0, 1]: its short side scaled, its middle cut out."""
     h, w = pixels.shape[:2]
