@@ -1,9 +1,10 @@
 """3DreamBooth: a step of guidance on a slice at real width against the published structure in plain torch and against
-diffusers, and its attention against torch's.
+diffusers, and its attention against torch's; a tile of the VAE against diffusers', a training step against peft.
 
 The slice: hidden 2048, 4 blocks, 5 latent frames of 30 x 53 cells, two references, bf16, random weights. Savings of one
-block out of 54 (`dit.Savings`) are switched off, since four blocks would flatter them. Turns are interleaved, ratios
-are medians of pairs, and the eager side counts only where its own attention and products run well.
+block out of 54 (`dit.Savings`) are switched off, since four blocks would flatter them; a training step leaves the last
+block's dead work out, as every step of a run does. Turns are interleaved, ratios are medians of pairs, and the eager
+side counts only where its own attention and products run well.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from bench.sources import RandomSource
 from bench.timing import PARK
 from bench.worker import Worker
 from engine.blocks.weights import Recipe
-from engine.models.dreambooth3d.config import DitConfig
+from engine.models.dreambooth3d.config import DitConfig, VaeConfig
 from engine.models.dreambooth3d.dit import Denoiser, Savings, Shape
 from engine.models.dreambooth3d.dit_weights import DitLoader, Subject, TimeTables
 from engine.models.dreambooth3d.personalize import Personalizer, Photos, Settings
 from engine.models.dreambooth3d.sampler import Sampler
-from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes
+from engine.models.dreambooth3d.vae import Vae
+from engine.models.dreambooth3d.vae_weights import VaeLoader
+from engine.models.dreambooth3d.weights import KINDS, adapter_shapes, dit_shapes, vae_shapes
 from engine.ops.attention import KVCache, attention, workspace_bytes
 from engine.runtime import device
 from engine.runtime.arena import Arena
@@ -34,7 +37,8 @@ from engine.runtime.plan import Plan, capture
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, RANK, VALID = 4, 16, (40, 60)  # tokens of the negative and the positive prompt
 SHAPE, BARE = Shape(5, 30, 53, 2), Shape(5, 30, 53, 0)
-BAR_STEP, BAR_ATTENTION, BAR_BARE, BAR_PERSONALISATION = 2.0, 1.8, 2.0, 1.3
+BAR_STEP, BAR_ATTENTION, BAR_BARE, BAR_PERSONALISATION, BAR_TILE = 2.0, 1.8, 2.0, 1.3, 1.15
+TILE = (5, 16, 16)  # latent frames, rows and columns
 LEAST_SDPA, LEAST_LINEAR = 130, 350  # GFLOP/s of the eager side
 SIGMAS = np.array([0.8, 0.7])
 
@@ -190,8 +194,31 @@ def personalisation(report: Report, rounds: int) -> None:
                peft_s=float(np.median(b)), ratio=faster, bar=BAR_PERSONALISATION, rounds=len(a))  # fmt: skip
 
 
+def decoding(report: Report, rounds: int) -> None:
+    """A tile of the VAE's decoder at full size against diffusers'."""
+    c, arena, (frames, rows, columns) = VaeConfig(), Arena(), TILE
+    loader = VaeLoader(c, RandomSource(vae_shapes(c)), arena, Recipe("bf16", None))
+    vae = Vae(arena, c, loader.encoder(), loader.decoder(), frames=frames, rows=rows, columns=columns, kv_format="bf16")
+    vae.place_tile(rows, columns)
+    vae.latent.write(np.random.default_rng(0).standard_normal(vae.latent.shape, np.float32))
+    plan = capture(vae.decode(frames, rows, columns), "decode")
+    peer = Worker(ROOT / ".venvs/diffusers/bin/python", "hunyuan_vae.py", device.threads(), *TILE)
+    try:
+        plan.replay()
+        peer.ask(do="decode")
+        a, b = pairs(lambda: timed(plan.replay), lambda: peer.ask(do="decode"), rounds)
+    finally:
+        peer.close()
+    faster = float(np.median(b / a))
+    print(f"VAE, a tile of {frames} latent frames of {rows} x {columns}, decoded in bf16: ours {np.median(a):.1f} s, "
+          f"diffusers {np.median(b):.1f} s: x{faster:.2f}, bar {BAR_TILE}")  # fmt: skip
+    report.add(what="vae tile", kind="bf16", tile=list(TILE), seconds=float(np.median(a)),
+               diffusers_s=float(np.median(b)), ratio=faster, bar=BAR_TILE, rounds=len(a))  # fmt: skip
+
+
 def main(kinds: list[str], rounds: int) -> None:
     report = Report("dreambooth3d")
+    decoding(report, rounds)
     personalisation(report, rounds)
     for kind in kinds:
         eager(report, None if kind == "bf16" else kind, rounds)
