@@ -53,6 +53,7 @@ from engine.models.dreambooth3d.text import SKIPPED, text_shapes
 from engine.models.dreambooth3d.video import Video
 from engine.models.dreambooth3d.views import covering, read_views
 from engine.models.dreambooth3d.weights import KINDS
+from engine.runtime import fit
 
 SHAPE = Shape(3, 4, 6)
 NAMED, STEPS = "A [rhs mug] on a desk", 3
@@ -291,6 +292,13 @@ def test_personalize_and_show(folder: Path, tmp_path: Path) -> None:
             with pytest.raises((InputError, CheckpointError), match=message):
                 model.personalize(**given)
         assert not (tmp_path / "d").exists()
+
+
+def test_a_run_that_does_not_fit(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit.device, "available_bytes", lambda name: 1 << 20)
+    with pytest.raises(MemoryPlanError, match=r"base .* adapters .* activations"):
+        model.personalize([picture()], [picture()], tmp_path / "run", side=32)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ files

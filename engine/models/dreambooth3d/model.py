@@ -481,9 +481,10 @@ class DreamBooth3D(Model):
             views_adapter: pre-trained file of the references' adapter, default the base's.
             settings: fields of `personalize.Settings`: steps, rank, lr, seed, one_way, dtype, ...
 
-        Raises: InputError, CheckpointError (before any work; a full disk: what was there stays), BusyError.
+        Raises: InputError, CheckpointError, MemoryPlanError (before any work; a full disk: what was there stays),
+        BusyError.
         """
-        from engine.models.dreambooth3d.personalize import Personalizer, Photos, Settings
+        from engine.models.dreambooth3d.personalize import Personalizer, Photos, Settings, memory_plan
 
         known = set(Settings.__dataclass_fields__)
         if unknown := sorted(set(settings) - known):
@@ -501,6 +502,8 @@ class DreamBooth3D(Model):
         views = read_views(references, shrink=shrink)
         where = Path(views_adapter) if views_adapter is not None else self._files.views
         pretrained = None if where is None else open_adapter(where, self.config)[1]
+        tokens = (1 + len(views)) * (side // cell) ** 2
+        require(memory_plan(self.config, chosen, tokens), "cpu", "take a smaller side=, or close other models")
         with self._use(), self._context():
             moments = [self._square(v, side) for v in shots]
             clean = np.concatenate([self._square(v, side)[0] for v in views])

@@ -8,6 +8,7 @@ its number, so a run that is resumed goes on as if it had never stopped, bit for
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -92,6 +93,16 @@ class Photos:
     @property
     def digest(self) -> str:
         return digest(*(np.ascontiguousarray(value, np.float32) for value in vars(self).values()))
+
+
+def memory_plan(c: DitConfig, settings: Settings, tokens: int) -> dict[str, int]:
+    """Bytes that a run takes: the base, both adapters with gradients and moments, and what a step of so many tokens
+    keeps for its way back, about 24 values of a token in a block."""
+    size = 2 if settings.dtype == "bf16" else 4
+    shapes = [s for kind in FOLDERS for s in adapter_shapes(c, settings.rank, KINDS[kind]).values()]
+    base, adapters = (sum(map(math.prod, some)) for some in (dit_shapes(c).values(), shapes))
+    return {"base": size * base, "adapters": 4 * size * adapters,
+            "activations": 24 * size * tokens * c.width * c.layers}  # fmt: skip
 
 
 class Personalizer:
