@@ -48,7 +48,7 @@ from engine.models.dreambooth3d.dit import Shape
 from engine.models.dreambooth3d.files import transformer_folder
 from engine.models.dreambooth3d.model import NEGATIVE, DreamBooth3D, released_noise
 from engine.models.dreambooth3d.prompt import chat, read_prompt
-from engine.models.dreambooth3d.schedule import noise_levels
+from engine.models.dreambooth3d.schedule import computed_steps, noise_levels
 from engine.models.dreambooth3d.text import SKIPPED, text_shapes
 from engine.models.dreambooth3d.video import Video
 from engine.models.dreambooth3d.views import covering, read_views
@@ -228,6 +228,35 @@ def test_pruned_references(model: Any, trained: Path) -> None:
     assert 0 < np.linalg.norm(fewer.latent - exact.latent) < 0.5 * np.linalg.norm(exact.latent)
     with pytest.raises(InputError, match="prune"):
         model.generate(NAMED, subject, prune=-1, **ASK)
+
+
+def test_step_cache(model: Any) -> None:
+    """Steps that repeat a velocity, by hand; one that repeats none is exact."""
+    ran: list[np.ndarray] = []
+    ask = ASK | {"steps": 6}
+    exact = model.generate("A cup", **ask)
+    np.testing.assert_array_equal(model.generate("A cup", step_cache=1, **ask).latent, exact.latent)
+    assert computed_steps(6, 2) == [True, True, True, False, True, True]
+    noise = released_noise(42, CONFIG.channels, SHAPE).transpose(1, 2, 3, 0)
+    model.generate("A cup", step_cache=2, callback=lambda i, n, x: ran.append(x.copy()), **ask)
+    sigmas = noise_levels(6, CONFIG.shift)
+    at = [noise, *ran]
+    for i, runs in enumerate(computed_steps(6, 2)):
+        if not runs:
+            before = (at[i] - at[i - 1]) / (sigmas[i] - sigmas[i - 1])
+            np.testing.assert_allclose(at[i + 1] - at[i], before * (sigmas[i + 1] - sigmas[i]), atol=1e-4)
+    assert sum(computed_steps(50, 4)) == 25 and computed_steps(50, 4)[10:16] == [True, True, False, False, False, True]
+
+
+def test_timesteps(model: Any) -> None:
+    """A schedule of one's own: the same levels, the same video."""
+    own = model.generate("A cup", timesteps=(1000 * noise_levels(3, CONFIG.shift)[:-1]).tolist(), **ASK)
+    np.testing.assert_allclose(own.latent, model.generate("A cup", **ASK).latent, atol=1e-5)
+    four = model.generate("A cup", timesteps=[1000, 750, 500, 250], guidance=1.0, **ASK)
+    assert np.isfinite(four.latent).all()
+    for bad in ([], [500, 600], [1001], ["a"], 3, [500, 0]):
+        with pytest.raises(InputError, match="timesteps"):
+            model.generate("A cup", timesteps=bad, **ASK)
 
 
 def test_glyphs(model: Any) -> None:

@@ -38,7 +38,7 @@ from engine.models.dreambooth3d.glyphs import GlyphEncoder
 from engine.models.dreambooth3d.parallel import Share, guidance_share
 from engine.models.dreambooth3d.prompt import Prompt, read_prompt
 from engine.models.dreambooth3d.sampler import Sampler
-from engine.models.dreambooth3d.schedule import BASES, bucket, latent_frames, noise_levels
+from engine.models.dreambooth3d.schedule import BASES, bucket, computed_steps, given_levels, latent_frames, noise_levels
 from engine.models.dreambooth3d.subject import Subject, read_subject
 from engine.models.dreambooth3d.text import MAX_TOKENS, PromptEncoder, States, TextLoader
 from engine.models.dreambooth3d.tiles import Tiles, Tiling
@@ -121,6 +121,7 @@ class _Job:
     text_lora: str
     refresh: int
     one_way: bool
+    computed: tuple[bool, ...]
 
 
 class DreamBooth3D(Model):
@@ -279,7 +280,8 @@ class DreamBooth3D(Model):
         aspect: str | tuple[int, int] = "16:9", resolution: str | None = None, size: tuple[int, int] | None = None,
         steps: int = 50, guidance: float = 6.0, shift: float | None = None, seed: int | Sequence[int] = 42,
         text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, prune: int | None = None,
-        noise: Any = None, parallel: str | None = None,
+        step_cache: int | None = None, timesteps: Sequence[float] | None = None, noise: Any = None,
+        parallel: str | None = None,
         callback: Callable[[int, int, np.ndarray], object] | None = None, progress: bool = False,
     ) -> Video | list[Video]:  # fmt: skip
         """A video of a prompt, and of a subject that the prompt names in brackets: `A [rhs plushie] on a desk`.
@@ -298,6 +300,9 @@ class DreamBooth3D(Model):
             refresh: run the references in every such step alone; beyond 1 an approximation.
             prune: keep of the references what lies within so many cells of 16 pixels around the object, and the frame's
                 border: an approximation; None: all of them.
+            step_cache: run, of the steps in the middle, every so many, and repeat the last velocity in the others: an
+                approximation (`schedule.computed_steps`).
+            timesteps: that fall within (0, 1000], instead of steps and shift: of checkpoints distilled to a few.
             one_way: references that see only themselves run once; default: as the subject was trained.
             noise: f32 [z, T, h, w] instead of the seed's.
             parallel: 'guidance': this process runs one branch, and one that makes the same request the other; see
@@ -308,7 +313,8 @@ class DreamBooth3D(Model):
         Raises: InputError (a value that cannot be used, named), CancelledError, BusyError, ClosedError.
         """
         job = self._job(prompt, subject, negative_prompt, frames, aspect, resolution, size, steps, guidance, shift,
-                        seed, text_lora, refresh, one_way, prune, noise)  # fmt: skip
+                        seed, text_lora, refresh, one_way, prune, step_cache, timesteps,
+                        noise)  # fmt: skip
         if parallel not in (None, "guidance"):
             raise InputError(f"parallel={show(parallel)} is not None or 'guidance'")
         if parallel and job.shape.branches != 2:
@@ -321,7 +327,7 @@ class DreamBooth3D(Model):
     def _job(
         self, prompt: Any, subject: Subject | None, negative: Any, frames: Any, aspect: Any, resolution: Any, size: Any,
         steps: Any, guidance: Any, shift: Any, seed: Any, text_lora: str, refresh: Any, one_way: bool | None,
-        prune: Any, noise: Any,
+        prune: Any, step_cache: Any, timesteps: Any, noise: Any,
     ) -> _Job:  # fmt: skip
         c, v, o = self.config, self.vae_config, self.options
         asked = read_prompt(prompt, needs_span=subject is not None and subject.mode != "views")
@@ -338,7 +344,11 @@ class DreamBooth3D(Model):
         shift = c.shift if shift is None else shift
         if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= 100:
             raise InputError(f"shift={show(shift)} is not in (0, 100]")
-        steps = bounded("steps", steps, 1, o.steps)
+        sigmas = (
+            noise_levels(bounded("steps", steps, 1, o.steps), shift) if timesteps is None else given_levels(timesteps)
+        )
+        steps = bounded("steps", len(sigmas) - 1, 1, o.steps)
+        cache = bounded("step_cache", step_cache, 1, 1000) if step_cache is not None else 1
         refresh = bounded("refresh", refresh, 1, 1000)
         height, width = _size(size, v.spatial) if size is not None else _bucket(aspect, resolution or c.resolution)
         count = latent_frames(frames)
@@ -370,8 +380,9 @@ class DreamBooth3D(Model):
         kept = 1 if way else shape.branches if views and refresh > 1 else 0
         if kept > o.keep:
             raise InputError(f"references that are kept between steps need room for their keys; load with keep={kept}")
-        return _Job(asked, read_prompt(negative), shape, noise_levels(steps, shift), float(guidance), seeds, given,
-                    text_lora, 1 if way else refresh, way)  # fmt: skip
+        computed = tuple(computed_steps(steps, cache)) if cache > 1 else ()
+        return _Job(asked, read_prompt(negative), shape, sigmas, float(guidance), seeds, given, text_lora,
+                    1 if way else refresh, way, computed)  # fmt: skip
 
     def _make(
         self, job: _Job, subject: Subject | None, seed: int, share: Share | None,
@@ -404,7 +415,7 @@ class DreamBooth3D(Model):
         noise = _rows(job.noise if job.noise is not None else released_noise(seed, self.config.channels, s))
         clean = self._sampler.sample(s, noise, job.sigmas, job.guidance, texts, refresh=job.refresh,
                                      one_way=job.one_way, marked=marked if s.named else (), share=share,
-                                     each=each)  # fmt: skip
+                                     computed=job.computed, each=each)  # fmt: skip
         bar.close()
         if clean is None:
             raise CancelledError(f"the callback ended the work on {job.prompt.text!r}")

@@ -80,6 +80,7 @@ class Sampler:
     def sample(
         self, shape: Shape, noise: np.ndarray, sigmas: np.ndarray, guidance: float, texts: list[np.ndarray], *,
         refresh: int = 1, one_way: bool = False, marked: Sequence[bool] = (), share: Share | None = None,
+        computed: Sequence[bool] = (),
         each: Callable[[int, np.ndarray], bool] | None = None,
     ) -> np.ndarray | None:  # fmt: skip
         """The clean latent [video, channels] from noise of that shape; texts: tokens of each branch's prompt.
@@ -88,6 +89,7 @@ class Sampler:
         beyond 1. one_way: the references see only themselves, and run once per subject: for adapters trained so.
         marked: which tokens of the last prompt are of a subject's name, where those have weights of their own.
         share: this process's, where another one runs the other branch.
+        computed: which steps run; the others repeat the last one's velocity: an approximation. Default: all.
         each: called behind every step with its number and the latent; where it returns False, the rest is left out and
         the result is None.
 
@@ -107,6 +109,8 @@ class Sampler:
         if sum(marked) != shape.named or (marked and len(marked) != texts[-1].shape[1]):
             raise InputError(f"{sum(marked)} of {len(marked)} tokens are marked, where the shape has {shape.named}")
         order = np.argsort(~np.array(marked, bool), kind="stable")
+        if computed and len(computed) != steps:
+            raise InputError(f"{len(computed)} of {steps} steps are told whether they run")
         if share is not None and shape.branches != 2:
             raise InputError("two processes share the two branches of guidance, and this request has one")
         self._prepare(shape, sigmas, kept, one_way, share)
@@ -117,21 +121,25 @@ class Sampler:
         latent = d.latent.rows(0, shape.video)
         latent.write(noise)
         whole, short = (self._plans.get(_name(kind, shape, share)) for kind in ("step", "kept"))
+        moves, velocity, ran = np.diff(sigmas).astype(np.float32), None, 0
         for i in range(steps):
-            d.place_step(i)
-            plan = short if kept and (one_way or i % refresh) else whole
-            assert plan is not None
-            before = None if share is None else latent.read()
-            plan.replay()
-            if share is None or before is None:
-                go_on = each is None or each(i, latent.read())
+            before = latent.read() if share is not None or computed else None
+            if before is not None and velocity is not None and not computed[i]:
+                latent.write(before + velocity * moves[i])
             else:
-                after = before + share.summed(latent.read() - before)
-                latent.write(after)
-                wants = each is None or each(i, after)
-                # Both processes end together.
-                go_on = share.summed(np.array([wants], np.float32))[0] == 2
-            if not go_on:
+                d.place_step(i)
+                plan = short if kept and (one_way or ran % refresh) else whole
+                assert plan is not None
+                plan.replay()
+                ran += 1
+                if before is not None and share is not None:
+                    latent.write(before + share.summed(latent.read() - before))
+                if before is not None and computed:
+                    velocity = (latent.read() - before) / moves[i]
+            wants = each is None or each(i, latent.read())
+            if share is not None:  # both processes end together
+                wants = share.summed(np.array([wants], np.float32))[0] == 2
+            if not wants:
                 return None
         return latent.read()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.errors import InputError
+from engine.io.values import show
 
 STRIDE = 16  # pixels of a latent's cell
 TIME_STRIDE = 4  # frames of a latent's frame, behind the first
@@ -21,6 +25,27 @@ def noise_levels(steps: int, shift: float) -> np.ndarray:
         raise InputError(f"steps={steps!r}, shift={shift!r}: at least one step and a positive shift are needed")
     s = 1.0 - np.arange(steps + 1) / steps
     return shift * s / (1 + (shift - 1) * s)
+
+
+def given_levels(timesteps: Sequence[float]) -> np.ndarray:
+    """f64 [n + 1]: sigma of timesteps in (0, 1000], which fall, and 0 behind them: of distilled checkpoints.
+
+    Raises: InputError for others.
+    """
+    try:
+        levels = np.array([*timesteps, 0.0], np.float64) / 1000
+    except (TypeError, ValueError) as fault:
+        raise InputError(f"timesteps={show(timesteps)} are no numbers") from fault
+    if len(levels) < 2 or not (0 < levels[0] <= 1 and (np.diff(levels) < 0).all()):
+        raise InputError(f"timesteps={show(timesteps)} must fall within (0, 1000]")
+    return levels
+
+
+def computed_steps(steps: int, every: int) -> list[bool]:
+    """Which steps run where the others repeat the last velocity: all of the first fifth and of the last tenth, and
+    every so many in between (as the base's published cache has it: 11 and 5 of 50, every fourth)."""
+    first, last = math.ceil(0.22 * steps), steps - math.ceil(0.1 * steps)
+    return [i < first or i >= last or (i - first) % every == 0 for i in range(steps)]
 
 
 def rotation_angles(
