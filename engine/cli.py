@@ -186,19 +186,22 @@ def personalize(
     one_way: Annotated[bool, typer.Option(help="references that see only one another, kept between steps")] = False,
     resume: bool = False, dtype: DType = "auto", seed: Seed = 42,
 ) -> None:  # fmt: skip
-    """A subject's adapters from its photos; an interrupted run goes on with --resume."""
+    """A subject's adapters from its photos, beside four of them where no references are given; an interrupted run goes
+    on with --resume."""
     from engine.blocks.scene.frames import IMAGES
     from engine.models.dreambooth3d.model import DreamBooth3D
 
     files = sorted(p for p in photos.iterdir() if p.suffix.lower() in IMAGES) if photos.is_dir() else []
     if not files:
         raise InputError(f"{photos} is no folder of pictures ({', '.join(sorted(IMAGES))})")
+    chosen = reference or files[:: max(1, len(files) // 4)][:4]
+    print("references: " + ", ".join(str(p) for p in chosen))
     model = _model("personalize", DreamBooth3D, name, dtype=dtype, frames=1, size=(side, side), views=0, steps=1)
 
     def told(done: int, loss: float) -> None:
         print(f"\rstep {done} of {steps}, loss {loss:.4f}", end="", flush=True)
 
-    made = model.personalize(files, reference or files[:: max(1, len(files) // 4)][:4], out, name=subject, side=side,
+    made = model.personalize(files, chosen, out, name=subject, side=side,
                              resume=resume, steps=steps, rank=rank, lr=lr, one_way=one_way, seed=seed,
                              on_step=told)  # fmt: skip
     print(f"\nwritten: {made}")

@@ -54,6 +54,22 @@ class Recipe:
         return "f32" if self.dtype == "f32" and not self.quant else "bf16"
 
 
+class PartRecipe(Recipe):
+    """Of models with a language part, which alone gets int4: it is read once per token, and the rest gets int8 then.
+    exact: roles that are not quantised, and why."""
+
+    def __init__(self, dtype: str, quant: str | None, exact: Mapping[str, str]) -> None:
+        super().__init__(dtype, quant)
+        self._exact = exact
+
+    def choose(self, role: str) -> tuple[str, str]:
+        if self.quant is not None and role in self._exact:
+            return "bf16", self._exact[role]
+        if self.quant == "int4" and role != "language":
+            return "i8", "int4 loses too much here"
+        return super().choose(role)
+
+
 class Shapes:
     """The tensors of a config without their contents: what a dry arena needs to lay out a model."""
 

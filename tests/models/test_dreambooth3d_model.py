@@ -278,7 +278,7 @@ def test_callback(model: Any) -> None:
 
 def test_stages_and_plans(model: Any) -> None:
     made = model.generate("A cup", **ASK)
-    assert set(made.stages) == {"text", "weights", "views", "sample", "decode"}
+    assert set(made.stages) == {"text", "weights", "views", "noise", "sample", "decode"}
     assert {"prompt", "read", "refine", "step.3x4x6.0"} <= set(model.plans)
     assert "A cup" in repr(made) and "step.3x4x6.0" in str(model.explain())
 
@@ -315,6 +315,9 @@ def test_personalize_and_show(folder: Path, tmp_path: Path) -> None:
             ({"speed": 3}, "no setting 'speed'"),
             ({"dtype": "f64"}, "dtype"),
             ({"name": "a [b"}, "brackets"),
+            ({"preview_every": 2, "preview": ASK | {"frames": 6}}, "4n"),
+            ({"preview_every": 2, "preview": ASK, "one_way": True}, "keep=1"),
+            ({"preview_every": 2, "preview": ASK | {"colour": 1}}, "no option 'colour'"),
             ({"views_adapter": tmp_path / "nowhere"}, "missing"),
         ):
             given = {"photos": photos, "references": references, "folder": tmp_path / "d"} | settings | change

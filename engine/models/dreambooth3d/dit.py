@@ -434,6 +434,6 @@ class Denoiser:
                       modulation=rows.modulation(d, gate=GATE2))  # fmt: skip
 
     def node_budget(self, s: Shape) -> int:
-        """Most nodes of a step of this shape."""
+        """Most nodes of a step of this shape on a CPU."""
         streams = (3 if s.shown else 2) + bool(s.named)
         return 1 + s.branches * (streams + self.c.layers * (NODES_PER_STREAM * streams + 1) + 2)

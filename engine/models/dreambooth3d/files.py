@@ -121,11 +121,11 @@ class Files:
             )
         return self
 
-    def shapes(self) -> Files:
-        """The same without contents: what a dry arena lays out."""
-        text = None if self.text_config is None else MappedSource(Shapes(text_shapes(self.text_config)))
-        return replace(self, dit=Shapes(dit_shapes(self.dit_config)), vae=Shapes(vae_shapes(self.vae_config)),
-                       text=text, opened=())  # fmt: skip
+    @staticmethod
+    def sketch(c: DitConfig, v: VaeConfig, t: LanguageConfig | None) -> Files:
+        """Tensors without contents: what a dry arena lays out."""
+        text = None if t is None else MappedSource(Shapes(text_shapes(t)))
+        return Files(c, v, t, Shapes(dit_shapes(c)), Shapes(vae_shapes(v)), text)
 
     def close(self) -> None:
         for source in self.opened:

@@ -16,7 +16,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from engine.blocks.lru import Lru, digest
 from engine.blocks.qwen_language import LanguageConfig
-from engine.blocks.weights import Recipe
+from engine.blocks.weights import PartRecipe
 from engine.errors import CancelledError, InputError
 from engine.io.checkpoint import Source
 from engine.io.values import show
@@ -37,91 +38,25 @@ from engine.models.dreambooth3d.files import Files, open_adapter
 from engine.models.dreambooth3d.glyphs import GlyphEncoder
 from engine.models.dreambooth3d.parallel import Share, guidance_share
 from engine.models.dreambooth3d.prompt import Prompt, read_prompt
+from engine.models.dreambooth3d.requests import Options, Request, Requests
 from engine.models.dreambooth3d.sampler import Sampler
-from engine.models.dreambooth3d.schedule import BASES, bucket, computed_steps, given_levels, latent_frames, noise_levels
 from engine.models.dreambooth3d.subject import Subject, read_subject
-from engine.models.dreambooth3d.text import MAX_TOKENS, PromptEncoder, States, TextLoader
-from engine.models.dreambooth3d.tiles import Tiles, Tiling
+from engine.models.dreambooth3d.text import PromptEncoder, States, TextLoader
+from engine.models.dreambooth3d.tiles import Tiles
 from engine.models.dreambooth3d.vae import Vae
 from engine.models.dreambooth3d.vae_weights import VaeLoader
 from engine.models.dreambooth3d.video import Video
-from engine.models.dreambooth3d.views import MAX_VIEWS, SHRINK, SQUARE, View, covering, read_views, seen_cells, square
+from engine.models.dreambooth3d.views import SHRINK, SQUARE, View, covering, read_views, square
 from engine.ops.dispatch import strict as strict_dispatch
 from engine.runtime.arena import Arena
-from engine.runtime.device import on, parse_dtype
+from engine.runtime.device import on
 from engine.runtime.fit import require
-from engine.runtime.model import Model, bounded, keywords
+from engine.runtime.model import Model, keywords
 
 NEGATIVE = ("Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
             "teeth, bad eyes, bad limbs, distortion")  # fmt: skip
-TEXT_LORA = ("off", "all", "span")
-MAX_SEEDS = 64
 LATENT_CACHE = 1 << 28  # bytes of latents of views
 PUBLISHED_TEXT = LanguageConfig(3584, 28, 28, 4, 128, 18944, 152064, sections=(16, 24, 24))  # Qwen2.5-VL 7B
-
-
-class DreamRecipe(Recipe):
-    """The VAE is what is seen, and is not quantised; int4 is for the language model alone."""
-
-    def choose(self, role: str) -> tuple[str, str]:
-        if self.quant is not None and role == "vae":
-            return "bf16", "pixels"
-        if self.quant == "int4" and role != "language":
-            return "i8", "int4 loses too much here"
-        return super().choose(role)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Checked options of a load; see DreamBooth3D.load."""
-
-    device: str
-    dtype: str
-    quant: str | None
-    frames: int
-    size: tuple[int, int]
-    views: int
-    steps: int
-    text: int
-    keep: int
-    spans: bool
-    tiling: Tiling
-
-    @staticmethod
-    def of(
-        c: DitConfig, v: VaeConfig, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
-        frames: int = 49, size: tuple[int, int] | None = None, views: int = 4, steps: int = 50, text: int = 256,
-        keep: int = 0, spans: bool = False, tile: int = 256, overlap: float = 0.125,
-    ) -> Options:  # fmt: skip
-        latent_frames(frames)
-        height, width = bucket(9, 16, c.resolution) if size is None else _size(size, v.spatial)
-        return Options(
-            device, parse_dtype("bf16" if dtype in ("auto", None) else dtype), quant,
-            bounded("frames", frames, 1, 1 << 12), (height, width), bounded("views", views, 0, MAX_VIEWS),
-            bounded("steps", steps, 1, 1000), bounded("text", text, 1, MAX_TOKENS + 256), bounded("keep", keep, 0, 2),
-            bool(spans), Tiling(tile, overlap).checked(v.spatial),
-        )  # fmt: skip
-
-    @property
-    def kv(self) -> str:
-        return "f32" if self.dtype == "f32" and self.quant is None else "bf16"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request."""
-
-    prompt: Prompt
-    negative: Prompt
-    shape: Shape
-    sigmas: np.ndarray
-    guidance: float
-    seeds: list[int]
-    noise: np.ndarray | None
-    text_lora: str
-    refresh: int
-    one_way: bool
-    computed: tuple[bool, ...]
 
 
 class DreamBooth3D(Model):
@@ -150,7 +85,9 @@ class DreamBooth3D(Model):
             o = Options.of(files.dit_config, files.vae_config, device=device, dtype=dtype, quant=quant, frames=frames,
                            size=size, views=views, steps=steps, text=text, keep=keep, spans=spans, tile=tile,
                            overlap=overlap)  # fmt: skip
-            dry = cls(files.shapes(), o, name=folder.name, dry=True)
+            dry = cls(
+                Files.sketch(files.dit_config, files.vae_config, files.text_config), o, name=folder.name, dry=True
+            )
             advice = "load with quant='int8', or lower frames=, size=, views= or steps="
             require(dry.arena.summary(), o.device, advice)
             return cls(files, o, name=folder.name, strict=strict, progress=progress)
@@ -167,8 +104,7 @@ class DreamBooth3D(Model):
             raise InputError(f"3DreamBooth has no option {unknown[0]!r}; a plan takes {', '.join(sorted(known))}")
         c, v = DitConfig.from_json(config), VaeConfig()
         v = replace(v, z=c.channels)
-        text = replace(PUBLISHED_TEXT, width=c.text_dim)
-        files = Files(c, v, text, None, None).shapes()  # type: ignore[arg-type]
+        files = Files.sketch(c, v, replace(PUBLISHED_TEXT, width=c.text_dim))
         return cls(files, Options.of(c, v, **options), name="dreambooth3d", dry=True)
 
     @classmethod
@@ -182,7 +118,8 @@ class DreamBooth3D(Model):
     ) -> None:  # fmt: skip
         self.config, self.vae_config, self.options, self._strict = files.dit_config, files.vae_config, options, strict
         self._files = files
-        arena, recipe = Arena(options.device, dry=dry), DreamRecipe(options.dtype, options.quant)
+        self.requests = Requests(self.config, self.vae_config, options, files.text is not None)
+        arena, recipe = Arena(options.device, dry=dry), PartRecipe(options.dtype, options.quant, {"vae": "pixels"})
         super().__init__(name, arena)
         self.weight_notes = recipe.notes
         with self._context():
@@ -205,7 +142,7 @@ class DreamBooth3D(Model):
         with strict_dispatch(self._strict), on(self.options.device):
             yield
 
-    def _build(self, arena: Arena, files: Files, recipe: Recipe, progress: bool) -> None:
+    def _build(self, arena: Arena, files: Files, recipe: PartRecipe, progress: bool) -> None:
         o, c, v = self.options, self.config, self.vae_config
         height, width = o.size
         cells = height * width // v.spatial**2
@@ -271,7 +208,6 @@ class DreamBooth3D(Model):
             pass
         if streams:
             self._live |= {s: wanted[s] for s in streams}
-            self._shown = ""
             self._sampler.forget_subject()
 
     # ------------------------------------------------------------------------------------------ videos
@@ -312,80 +248,26 @@ class DreamBooth3D(Model):
 
         Raises: InputError (a value that cannot be used, named), CancelledError, BusyError, ClosedError.
         """
-        job = self._job(prompt, subject, negative_prompt, frames, aspect, resolution, size, steps, guidance, shift,
-                        seed, text_lora, refresh, one_way, prune, step_cache, timesteps,
-                        noise)  # fmt: skip
-        if parallel not in (None, "guidance"):
-            raise InputError(f"parallel={show(parallel)} is not None or 'guidance'")
-        if parallel and job.shape.branches != 2:
-            raise InputError("parallel='guidance' shares two branches, and guidance=1 runs one")
+        job = self.requests.job(
+            prompt, subject, negative_prompt=negative_prompt, frames=frames, aspect=aspect, resolution=resolution,
+            size=size, steps=steps, guidance=guidance, shift=shift, seed=seed, text_lora=text_lora, refresh=refresh,
+            one_way=one_way, prune=prune, step_cache=step_cache, timesteps=timesteps, noise=noise, parallel=parallel,
+        )  # fmt: skip
+        self._fits(job.shape)
         share = guidance_share() if parallel else None
         with self._use(), self._context():
             made = [self._make(job, subject, s, share, callback, progress) for s in job.seeds]
         return made[0] if not isinstance(seed, Sequence) else made
 
-    def _job(
-        self, prompt: Any, subject: Subject | None, negative: Any, frames: Any, aspect: Any, resolution: Any, size: Any,
-        steps: Any, guidance: Any, shift: Any, seed: Any, text_lora: str, refresh: Any, one_way: bool | None,
-        prune: Any, step_cache: Any, timesteps: Any, noise: Any,
-    ) -> _Job:  # fmt: skip
-        c, v, o = self.config, self.vae_config, self.options
-        asked = read_prompt(prompt, needs_span=subject is not None and subject.mode != "views")
-        if self._prompts is None:
-            raise InputError("this checkpoint has no text encoder; add text_encoder/ with its tokenizer.json")
-        if text_lora not in TEXT_LORA:
-            raise InputError(f"text_lora={show(text_lora)} is not one of {', '.join(TEXT_LORA)}")
-        if text_lora == "span" and not o.spans:
-            raise InputError("text_lora='span' needs weights of its own; load with spans=True")
-        if not isinstance(guidance, int | float) or not 0 <= guidance <= 100:
-            raise InputError(f"guidance={show(guidance)} is not in [0, 100]")
-        if resolution is not None and resolution not in BASES:
-            raise InputError(f"resolution={show(resolution)} is not one of {', '.join(BASES)}")
-        shift = c.shift if shift is None else shift
-        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= 100:
-            raise InputError(f"shift={show(shift)} is not in (0, 100]")
-        sigmas = (
-            noise_levels(bounded("steps", steps, 1, o.steps), shift) if timesteps is None else given_levels(timesteps)
-        )
-        steps = bounded("steps", len(sigmas) - 1, 1, o.steps)
-        cache = bounded("step_cache", step_cache, 1, 1000) if step_cache is not None else 1
-        refresh = bounded("refresh", refresh, 1, 1000)
-        height, width = _size(size, v.spatial) if size is not None else _bucket(aspect, resolution or c.resolution)
-        count = latent_frames(frames)
-        views = 0 if subject is None else len(subject.views)
-        shape = Shape(count, height // v.spatial, width // v.spatial, views, 1 if guidance == 1 else 2)
-        if prune is not None and subject is not None:
-            margin = bounded("prune", prune, 0, 1 << 12)
-            chosen = [seen_cells(view, height, width, v.spatial, margin) + i * shape.cells
-                      for i, view in enumerate(subject.views)]  # fmt: skip
-            shape = replace(shape, seen=tuple(np.concatenate([*chosen, np.zeros(0, np.int64)]).tolist()))
-        self._denoiser.fits(shape)
+    def _fits(self, s: Shape) -> None:
+        """InputError unless what was laid out holds a request's shape, tile by tile."""
+        self._denoiser.fits(s)
         limit, *edges = self._vae.limits
-        rows, columns = (
-            (min(n, edge) if o.tiling.pixels else n) for n, edge in zip((shape.rows, shape.columns), edges)
-        )
-        self._vae.fits(count, rows, columns, limit)
-        seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
-        if not 1 <= len(seeds) <= MAX_SEEDS or any(type(s) is not int or not 0 <= s < 1 << 63 for s in seeds):
-            raise InputError(f"seed={show(seed)}; one or up to {MAX_SEEDS} integers in [0, 2^63) are needed")
-        given = None
-        if noise is not None:
-            given = np.asarray(noise, np.float32)
-            want = (c.channels, count, shape.rows, shape.columns)
-            if given.shape != want or not np.isfinite(given).all():
-                raise InputError(f"noise {list(given.shape)}; finite values {list(want)} are needed")
-            if len(seeds) > 1:
-                raise InputError("noise= is of one video; give one seed")
-        way = bool(views) and (subject is not None and subject.one_way if one_way is None else one_way)
-        kept = 1 if way else shape.branches if views and refresh > 1 else 0
-        if kept > o.keep:
-            raise InputError(f"references that are kept between steps need room for their keys; load with keep={kept}")
-        computed = tuple(computed_steps(steps, cache)) if cache > 1 else ()
-        return _Job(asked, read_prompt(negative), shape, sigmas, float(guidance), seeds, given, text_lora,
-                    1 if way else refresh, way, computed)  # fmt: skip
+        rows, columns = map(min, (s.rows, s.columns), edges) if self.options.tiling.pixels else (s.rows, s.columns)
+        self._vae.fits(s.frames, rows, columns, limit)
 
     def _make(
-        self, job: _Job, subject: Subject | None, seed: int, share: Share | None,
+        self, job: Request, subject: Subject | None, seed: int, share: Share | None,
         callback: Callable[[int, int, np.ndarray], object] | None, progress: bool,
     ) -> Video:  # fmt: skip
         v, s, stages = self.vae_config, job.shape, {}
@@ -404,6 +286,8 @@ class DreamBooth3D(Model):
         lap("weights")
         self._show(subject, s, seed)
         lap("views")
+        noise = _rows(job.noise if job.noise is not None else released_noise(seed, self.config.channels, s))
+        lap("noise")
         steps = len(job.sigmas) - 1
         bar = tqdm(total=steps, desc=self.name, disable=not progress, leave=False)
 
@@ -412,7 +296,6 @@ class DreamBooth3D(Model):
             shaped = latent.reshape(s.frames, s.rows, s.columns, -1)
             return callback is None or callback(i, steps, shaped) is not False
 
-        noise = _rows(job.noise if job.noise is not None else released_noise(seed, self.config.channels, s))
         clean = self._sampler.sample(s, noise, job.sigmas, job.guidance, texts, refresh=job.refresh,
                                      one_way=job.one_way, marked=marked if s.named else (), share=share,
                                      computed=job.computed, each=each)  # fmt: skip
@@ -431,7 +314,7 @@ class DreamBooth3D(Model):
         assert self._prompts is not None
         return self._prompts(prompt, kind)
 
-    def _texts(self, job: _Job) -> tuple[list[np.ndarray], list[bool]]:
+    def _texts(self, job: Request) -> tuple[list[np.ndarray], list[bool]]:
         """Refined tokens of each branch, and which of the last one's belong to a subject's name."""
         out, marked = [], []
         for prompt in (job.negative, job.prompt)[2 - job.shape.branches :]:
@@ -500,8 +383,7 @@ class DreamBooth3D(Model):
         known = set(Settings.__dataclass_fields__)
         if unknown := sorted(set(settings) - known):
             raise InputError(f"a run has no setting {unknown[0]!r}; it takes {', '.join(sorted(known))}")
-        if self._prompts is None:
-            raise InputError("this checkpoint has no text encoder; add text_encoder/ with its tokenizer.json")
+        self.requests.needs_text()
         chosen = Settings(**{"dtype": self.options.dtype} | settings).checked()
         cell = self.vae_config.spatial
         if type(side) is not int or not cell <= side <= 4096 or side % cell:
@@ -511,6 +393,12 @@ class DreamBooth3D(Model):
         prompt = read_prompt(f"A video of a [{name}].")
         shots = [read_views([p], shrink=1.0)[0] for p in photos]
         views = read_views(references, shrink=shrink)
+        if preview_every:
+            self._checked_preview(
+                f"A video of a [{name}].",
+                Subject("joint", name, None, None, tuple(views), one_way=chosen.one_way),
+                preview or {},
+            )
         where = Path(views_adapter) if views_adapter is not None else self._files.views
         pretrained = None if where is None else open_adapter(where, self.config)[1]
         tokens = (1 + len(views)) * (side // cell) ** 2
@@ -532,6 +420,15 @@ class DreamBooth3D(Model):
             return go_on
 
         return run.run(folder, save_every=save_every, resume=resume, on_step=step)
+
+    def _checked_preview(self, prompt: str, subject: Subject, given: dict[str, Any]) -> None:
+        """InputError where `generate` would refuse a preview: before the run, not in its middle."""
+        known = signature(self.generate).parameters
+        if unknown := sorted(set(given) - set(known) | {"prompt", "subject"} & set(given)):
+            raise InputError(f"preview= has no option {unknown[0]!r}; it takes those of generate")
+        wanted = keywords(Requests.job)
+        asked = {k: given.get(k, p.default) for k, p in known.items() if k in wanted}
+        self._fits(self.requests.job(prompt, subject, **asked).shape)
 
     def _square(self, view: View, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation [1, z, h, w] of a photo's latent."""
@@ -556,22 +453,3 @@ def released_noise(seed: int, channels: int, s: Shape) -> np.ndarray:
 def _rows(noise: np.ndarray) -> np.ndarray:
     """[z, T, h, w] as rows of cells."""
     return np.ascontiguousarray(noise.reshape(len(noise), -1).T)
-
-
-def _size(value: Any, cell: int) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise InputError(f"size={show(value)} is not (height, width)")
-    height, width = (bounded("size", n, cell, 1 << 13) for n in value)
-    if height % cell or width % cell:
-        raise InputError(f"size={show(value)}: multiples of {cell} pixels are needed")
-    return height, width
-
-
-def _bucket(aspect: Any, resolution: str) -> tuple[int, int]:
-    parts = aspect.split(":") if isinstance(aspect, str) else aspect
-    try:
-        width, height = (float(n) for n in parts)
-    except (TypeError, ValueError) as fault:
-        raise InputError(f"aspect={show(aspect)} is not 'W:H' or (W, H)") from fault
-    return bucket(height, width, resolution)

@@ -30,7 +30,7 @@ from engine.blocks.lru import Lru, digest
 from engine.blocks.prefix import KVStore
 from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Frames, average_coordinates, position_code, read_frames, world_coordinates
-from engine.blocks.weights import Recipe, Shapes
+from engine.blocks.weights import PartRecipe, Shapes
 from engine.errors import CheckpointError, ConfigError, InputError
 from engine.io.checkpoint import Checkpoint, Source, bf16_to_f32
 from engine.io.text import Tokenizer
@@ -62,17 +62,6 @@ SCORE_BYTES = 64 << 20  # logits kept for score(), at most
 WAN_ENV = "WAN_T2V_CKPT_DIR"
 FEATURE_CACHE, PREFIX_CACHE = 1 << 30, 2 << 30  # bytes
 GENERATOR_CELL = 16  # pixels of a cell of the published generators' features
-
-
-class VegaRecipe(Recipe):
-    """int4 is for what is read once per token: the language model. Towers and projectors get int8 then."""
-
-    def choose(self, role: str) -> tuple[str, str]:
-        if self.quant is not None and role == "grounding":
-            return "bf16", "compared by cosine"
-        if self.quant == "int4" and role != "language":
-            return "i8", "int4 loses too much here"
-        return super().choose(role)
 
 
 @dataclass(frozen=True)
@@ -168,7 +157,7 @@ class Vega3D(LanguageModel):
                 "files do not belong together"
             )
         _check_widths(c)
-        recipe, files = VegaRecipe(o.dtype, o.quant), None
+        recipe, files = PartRecipe(o.dtype, o.quant, {"grounding": "compared by cosine"}), None
         if wan is not None:
             files = Files.of(wan)
             own = own_generator(source) if source is not None else None
@@ -262,7 +251,9 @@ class Vega3D(LanguageModel):
             generator.close()
 
     # ------------------------------------------------------------------------------------------ memory
-    def _allocate(self, arena: Arena, source: Source, recipe: Recipe, grid: tuple[int, int], progress: bool) -> TokenIO:
+    def _allocate(
+        self, arena: Arena, source: Source, recipe: PartRecipe, grid: tuple[int, int], progress: bool
+    ) -> TokenIO:  # fmt: skip
         """grid: of the generator's features."""
         c, o, l = self.config, self.options, self.config.language  # noqa: E741
         n, d, kv = o.per_pass, l.width, o.kv_format
