@@ -33,6 +33,8 @@ def main(rank: int, store: str, base: str, trained: str, out: Path) -> None:
         made["ended"] = np.ones(1, np.float32)
     assert sum(name.endswith(f".branch{rank}") for name in m.plans) == 2  # each process has its own branch's alone
     np.savez(out, **made)  # type: ignore[arg-type]
+    dist.barrier()
+    dist.destroy_process_group()  # its threads would end the process with an abort otherwise, now and then
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Share:
 
 def guidance_share(group: Any = None) -> Share:
     """This process's share. Start two processes, call torch.distributed.init_process_group in each, and make the same
-    request in both: both return the same video. group: of torch.distributed, default all processes.
+    request in both: both return the same video. Close the group with destroy_process_group before the end. group: of
+    torch.distributed, default all processes.
 
     Raises: InputError where torch.distributed is not initialised, or not for two processes.
     """
