@@ -153,7 +153,7 @@ def video(
     subject: Annotated[Path | None, typer.Option(help="folder of the subject's adapters")] = None,
     reference: References = None,
     out: Annotated[Path, typer.Option(help=".mp4, .gif, or a new folder of frames")] = Path("video.mp4"),
-    frames: Annotated[int, typer.Option(help="4n + 1")] = 49, aspect: str = "16:9",
+    frames: Annotated[int | None, typer.Option(help="4n + 1")] = None, aspect: str | None = None,
     resolution: Annotated[str | None, typer.Option(help="480p or 720p")] = None,
     height: Annotated[int | None, typer.Option(help="pixels, with --width instead of --aspect")] = None,
     width: int | None = None, steps: int = 50, guidance: float = 6.0,

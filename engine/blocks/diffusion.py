@@ -14,10 +14,15 @@ def time_sinusoid(timestep: float, width: int, dtype: type[np.floating] = np.flo
 
     At late times the rounding of fp32 moves a sine by 1e-4: models that were trained so are run so.
     """
+    angle = dtype(timestep) * time_frequencies(width, dtype)
+    return np.concatenate([np.cos(angle), np.sin(angle)])
+
+
+def time_frequencies(width: int, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """[width / 2] of `time_sinusoid`."""
     half = width // 2
     exponent = -np.log(dtype(10000)) * np.arange(half, dtype=dtype) / dtype(half)
-    angle = dtype(timestep) * np.exp(exponent.astype(np.float64)).astype(dtype)  # exp is rounded once
-    return np.concatenate([np.cos(angle), np.sin(angle)])
+    return np.exp(exponent.astype(np.float64)).astype(dtype)  # exp is rounded once
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ _NAMED = ("tokenizer.model", "vocab.txt", "merges.txt", "bpe_simple_vocab_16e6.t
 FETCHED = ("*.safetensors", "*.json", "*.jinja", *_NAMED)
 _SUFFIXES = (".safetensors", ".json", ".jinja", *_NAMED)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_MARKS = ("config.json", "transformer")  # of a checkpoint, or of one in parts
 _ZOO_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*", re.ASCII)
 
 
@@ -23,7 +24,9 @@ def zoo_names() -> list[str]:
     root = _zoo()
     if root is None:
         return []
-    return sorted(p.name for p in root.iterdir() if _ZOO_NAME.fullmatch(p.name) and (p / "config.json").is_file())
+    return sorted(
+        p.name for p in root.iterdir() if _ZOO_NAME.fullmatch(p.name) and any((p / f).exists() for f in _MARKS)
+    )
 
 
 def resolve(

@@ -105,9 +105,9 @@ class Tiny:
     def __init__(
         self, *, subject: Subject | None = None, c: DitConfig = CONFIG, dtype: str = "f32", quant: str | None = None,
         savings: Savings | None = None, kept: int = 0, image: int = 160, references: int = 96, text: int = 16,
-        steps: int = 6, base: dict[str, Tensor] | None = None, named: bool = False,
+        steps: int = 6, base: dict[str, Tensor] | None = None, named: bool = False, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
+        self.c, self.arena, self.plans = c, Arena(device), dict[str, Plan]()
         source = as_source(base or weights(c))
         self.loader = DitLoader(c, source, self.arena, Recipe(dtype, quant), named=named)
         self.weights = self.loader.load()
@@ -143,9 +143,9 @@ class VaeTiny:
 
     def __init__(
         self, c: VaeConfig, tiling: Tiling, frames: int, rows: int, columns: int, dtype: str = "f32", encoded: int = 1,
-        base: dict[str, Tensor] | None = None,
+        base: dict[str, Tensor] | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.c, self.arena, self.plans = c, Arena(), dict[str, Plan]()
+        self.c, self.arena, self.plans = c, Arena(device), dict[str, Plan]()
         loader = VaeLoader(c, as_source(base or vae_weights(c)), self.arena, Recipe(dtype, None))
         self.vae = Vae(self.arena, c, loader.encoder(), loader.decoder(), frames=frames, rows=rows, columns=columns,
                        kv_format=dtype, encoded=encoded)  # fmt: skip

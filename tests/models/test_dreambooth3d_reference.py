@@ -39,6 +39,21 @@ def test_velocity(name: str, count: int, text: str, adapted: bool) -> None:
     torch.testing.assert_close(got, golden(name), **NEAR)
 
 
+@pytest.mark.parametrize("one_way", [False, True])
+@pytest.mark.parametrize("count", [0, 2])
+def test_many_samples_are_each_alone(count: int, one_way: bool) -> None:
+    """What trainers run: a batch of latents, times, states and views."""
+    clean = torch.stack([det(f"in.many{i}", (8, 3, 4, 6), 1) for i in range(3)])
+    times, text = torch.tensor([812.5, 33.0, 400.0]), torch.stack([det(f"in.text{i}", (7, 48), 1) for i in range(3)])
+    shown = [torch.stack([det(f"in.view{i}{j}", (8, 4, 6), 1) for i in range(3)]) for j in range(count)]
+    how = adapters("all")
+    got = m.velocity(weights(), CONFIG, clean, times, text, shown, how, one_way=one_way)
+    for i in range(3):
+        alone = [v[i] for v in shown]
+        want = m.velocity(weights(), CONFIG, clean[i], float(times[i]), text[i], alone, how, one_way=one_way)
+        torch.testing.assert_close(got[i], want, **NEAR)
+
+
 def test_streams_behind_the_first_block() -> None:
     for i, row in enumerate(("uncond", "cond")):
         begun = m.begin(weights(), CONFIG, latent(), TIME, states(row), views(), adapters("all"))

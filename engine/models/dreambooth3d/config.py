@@ -12,7 +12,7 @@ from engine.io.values import choice, flag, integer, number, show
 # What the released text-to-video models have.
 _ONLY = {
     "mlp_act_type": "gelu_tanh", "concat_condition": True, "qkv_bias": True, "qk_norm": True, "qk_norm_type": "rms",
-    "text_projection": "single_refiner", "text_pool_type": None, "vision_projection": "linear", "glyph_byT5_v2": True,
+    "text_projection": "single_refiner", "text_pool_type": None, "vision_projection": "linear",
     "use_cond_type_embedding": True,
 }  # fmt: skip
 SHIFTS = {"720p": 9.0, "480p": 5.0}  # of the noise schedule, by resolution of the text-to-video models
@@ -24,7 +24,9 @@ class DitConfig:
     """The transformer (HunyuanVideo-1.5, text to video).
 
     channels: of a latent; in_channels: of what is embedded (the latent, a condition's latent and its mask). axes:
-    channels of a head that turn by time, row and column. text_dim, glyph_dim, vision_dim: of the conditions' states.
+    channels of a head that turn by time, row and column. text_dim, glyph_dim, vision_dim: of the conditions' states;
+    glyph_dim 0: it reads no quoted texts. sample_size, sample_frames: (height, width) in pixels and frames of videos
+    where a caller asks for no others; None: 16:9 at its resolution.
     """
 
     width: int = 2048
@@ -42,6 +44,8 @@ class DitConfig:
     freq_dim: int = 256
     eps: float = 1e-6
     resolution: str = "720p"
+    sample_size: tuple[int, int] | None = None
+    sample_frames: int = 49
 
     @property
     def head_dim(self) -> int:
@@ -105,14 +109,21 @@ class DitConfig:
             resolution, task = o.get("ideal_resolution", d.resolution), o.get("ideal_task", "t2v")
             choice("ideal_resolution", resolution, SHIFTS)
         choice("task", task, ("t2v",))
+        sample = o.get("sample_size")
+        if sample is not None:
+            if not isinstance(sample, list | tuple) or len(sample) != 2:
+                raise ConfigError(f"sample_size {show(sample)} is not [height, width]")
+            sample = tuple(integer("sample_size", n, 1, 1 << 13) for n in sample)
         return DitConfig(
             width, heads, read("mm_double_blocks_depth", "num_layers", d.layers, 1024),
             integer("num_refiner_layers", o.get("num_refiner_layers", d.refiner_layers), 1, 64), round(width * ratio),
             channels, in_channels, read("text_states_dim", "text_embed_dim", d.text_dim),
-            read("glyph_dim", "text_embed_2_dim", d.glyph_dim),
+            read("glyph_dim", "text_embed_2_dim", d.glyph_dim) if flag("glyph_byT5_v2", o.get("glyph_byT5_v2", True))
+            else 0,
             read("vision_states_dim", "image_embed_dim", d.vision_dim),
             (axes[0], axes[1], axes[2]), number("rope_theta", o.get("rope_theta", d.theta), 1.0, 1e9),
-            resolution=resolution,
+            resolution=resolution, sample_size=sample,
+            sample_frames=integer("sample_frames", o.get("sample_frames", d.sample_frames), 1, 1 << 12),
         )  # fmt: skip
 
 

@@ -163,13 +163,14 @@ class Denoiser:
         self._seen = [io(f"seen.{b}", 1, dtype="i32") for b in range(2)]  # and of the references
         self._behind = io("behind", 1, dtype="i32")  # tokens of references
         # The text refiner: states [text, text_dim] or glyphs [text, glyph_dim] to tokens.
-        self.states, self.glyphs = io("states", text, c.text_dim), io("glyph_states", text, c.glyph_dim)
+        self.states = io("states", text, c.text_dim)
+        self.glyphs = io("glyph_states", text, c.glyph_dim) if c.glyph_dim else None
         self.count, self._gates = io("count", 1, dtype="i32"), io("gates", 1, 2 * c.refiner_layers * d)
         self._base, self.refined = io("base", text, d), io("refined", text, d)
         self._text_kv = KVCache.empty(arena, "dit.text.kv", c.heads, c.head_dim, -(-text // 16) * 16, kv_format, 1,
                                       "workspace")  # fmt: skip
-        wide = w.glyphs.layers[0].w.n
-        self._glyph = [ws(f"glyph.{i}", text, wide) for i in range(2)]
+        wide = w.glyphs.layers[0].w.n if w.glyphs else 0
+        self._glyph = [ws(f"glyph.{i}", text, wide) for i in range(2 * bool(wide))]
         sizes = [gemm_op.workspace_bytes(max(image, text), d), gemm_op.workspace_bytes(text, max(c.mlp, wide)),
                  gemm_op.workspace_bytes(text, max(c.text_dim, c.glyph_dim)),
                  gemm_op.workspace_bytes(image, c.mlp, direct=half == "bf16" and w.last.w.format == "bf16"),
@@ -251,9 +252,11 @@ class Denoiser:
     # ------------------------------------------------------------------------------------------ texts
     def text_steps(self) -> dict[str, Callable[[], None]]:
         """What the plans of texts record; `count` holds how many rows are live."""
-        return {"glyphs": self._read_glyphs, "read": self._read, "refine": self._refine}
+        glyphs = {"glyphs": self._read_glyphs} if self._w.glyphs else {}
+        return glyphs | {"read": self._read, "refine": self._refine}
 
     def _read_glyphs(self) -> None:
+        assert self._w.glyphs is not None and self.glyphs is not None
         w, (a, b) = self._w.glyphs, self._glyph
         one, two, three = w.layers
         gemm(self.glyphs, one.w, a, prologue="layer", norm=w.norm[0], norm_bias=w.norm[1], eps=GLYPH_EPS,

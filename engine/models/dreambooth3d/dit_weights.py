@@ -87,7 +87,8 @@ class GlyphWeights:
 
 @dataclass(frozen=True)
 class DitWeights:
-    """embed: of the latent's channels, by stream. kind [D]: the type of prompt tokens."""
+    """embed: of the latent's channels, by stream. kind [D]: the type of prompt tokens. glyphs: None where no
+    quoted texts are read."""
 
     embed: dict[str, Linear]
     blocks: list[dict[str, StreamBlock]]
@@ -95,7 +96,7 @@ class DitWeights:
     states: Linear
     refiner: list[RefinerBlock]
     kind: Tensor
-    glyphs: GlyphWeights
+    glyphs: GlyphWeights | None
 
 
 @dataclass(frozen=True)
@@ -184,14 +185,16 @@ class DitLoader(Packer):
         image = [s for s in self.streams if _KIND[s] == "img"]
         embed = {s: self._changed(s, f"embed.{s}", [EMBED], d, c.channels) for s in image}
         blocks = [{s: self._block(i, s) for s in self.streams} for i in range(c.layers)]
-        glyphs = [self._linear(f"byt5_in.fc{i}") for i in (1, 2)]
-        third = self._linear("byt5_in.fc3")
-        glyphs.append(Linear(third.w, self._type("byt5_in.type", 1, "byt5_in.fc3.bias")))
         return DitWeights(
             embed, blocks, self._linear("final_layer.linear"), self._linear("txt_in.input_embedder"),
             [self._refiner(i) for i in range(c.refiner_layers)], self._type("txt_in.type", 0),
-            GlyphWeights(self._affine("byt5_in.layernorm"), (glyphs[0], glyphs[1], glyphs[2])),
+            self._glyphs() if c.glyph_dim else None,
         )  # fmt: skip
+
+    def _glyphs(self) -> GlyphWeights:
+        one, two, three = (self._linear(f"byt5_in.fc{i}") for i in (1, 2, 3))
+        last = Linear(three.w, self._type("byt5_in.type", 1, "byt5_in.fc3.bias"))
+        return GlyphWeights(self._affine("byt5_in.layernorm"), (one, two, last))
 
     def adapt(self, subject: Subject, streams: Sequence[str] = STREAMS) -> Iterator[None]:
         """Fills the matrices of these streams: W + B A of the adapter of each. Yields after each matrix."""

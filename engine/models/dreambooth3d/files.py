@@ -113,7 +113,8 @@ class Files:
         if self.text_config is not None and self.text_config.width != c.text_dim:
             raise ConfigError(f"the text encoder is {self.text_config.width} wide; {c.text_dim} is needed")
         if self.glyph_config is not None and self.glyph_config.width != c.glyph_dim:
-            raise ConfigError(f"the glyph encoder is {self.glyph_config.width} wide; {c.glyph_dim} is needed")
+            need = f"{c.glyph_dim} is needed" if c.glyph_dim else "the transformer has no place for one (glyph_byT5_v2)"
+            raise ConfigError(f"the glyph encoder is {self.glyph_config.width} wide; {need}")
         if self.tokenizer is not None and self.text_config and self.tokenizer.vocab_size > self.text_config.vocab:
             raise ConfigError(
                 f"tokenizer.json has {self.tokenizer.vocab_size} tokens and the embedding {self.text_config.vocab} "

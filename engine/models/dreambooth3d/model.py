@@ -65,18 +65,18 @@ class DreamBooth3D(Model):
     @classmethod
     def load(
         cls, folder: Path, *, source: Files | None = None, variant: str | None = None, device: str = "cpu",
-        dtype: object = "auto", quant: str | None = None, frames: int = 49, size: tuple[int, int] | None = None,
-        views: int = 4, steps: int = 50, text: int = 256, keep: int = 0, spans: bool = False, tile: int = 256,
-        overlap: float = 0.125, strict: bool = False, progress: bool = True,
+        dtype: object = "auto", quant: str | None = None, frames: int | None = None,
+        size: tuple[int, int] | None = None, views: int = 4, steps: int = 50, text: int = 256, keep: int = 0,
+        spans: bool = False, tile: int = 256, overlap: float = 0.125, strict: bool = False, progress: bool = True,
     ) -> DreamBooth3D:  # fmt: skip
         """From the released folder (`transformer/<variant>/`, `vae/`, `text_encoder/llm/`, `3dapter/`) or diffusers'.
 
         variant: of several transformers. Limits of requests, which memory is laid out for: frames (4n + 1), size
-        (height, width) in pixels, default 16:9 of the transformer's resolution (any size of as many pixels will do),
-        views, steps, text (tokens of a prompt). keep: sets of the references' keys and values that every block keeps, 1
-        for one_way, 2 for refresh. spans: weights of their own for a subject's name, for text_lora='span'. tile,
-        overlap: of the VAE's tiles, in pixels and as a share; tile 0: none. quant: 'int8', or 'int4' for the language
-        model with int8 for the transformer.
+        (height, width) in pixels, default as `generate` has them (any other of as many pixels will do whose edges are
+        no longer than the longer one here, or than a tile), views, steps, text (tokens of a prompt). keep: sets of the
+        references' keys and values that every block keeps, 1 for one_way, 2 for refresh. spans: weights of their own
+        for a subject's name, for text_lora='span'. tile, overlap: of the VAE's tiles, in pixels and as a share; tile 0:
+        none. quant: 'int8', or 'int4' for the language model with int8 for the transformer.
 
         Raises: ConfigError, CheckpointError, TokenizerError, InputError, MemoryPlanError; before any work.
         """
@@ -154,7 +154,9 @@ class DreamBooth3D(Model):
         bar.update()
         vae = VaeLoader(v, files.vae, arena, recipe)
         edge = o.tiling.pixels // v.spatial
-        rows, columns = (edge, edge) if edge else (height // v.spatial, width // v.spatial)
+        rows, columns = height // v.spatial, width // v.spatial
+        if edge:
+            rows = columns = min(edge, max(rows, columns))
         self._vae = Vae(arena, v, vae.encoder(), vae.decoder(), frames=(o.frames - 1) // v.temporal + 1, rows=rows,
                         columns=columns, kv_format=o.kv)  # fmt: skip
         bar.update()
@@ -212,8 +214,9 @@ class DreamBooth3D(Model):
 
     # ------------------------------------------------------------------------------------------ videos
     def generate(
-        self, prompt: str, subject: Subject | None = None, *, negative_prompt: str = NEGATIVE, frames: int = 49,
-        aspect: str | tuple[int, int] = "16:9", resolution: str | None = None, size: tuple[int, int] | None = None,
+        self, prompt: str, subject: Subject | None = None, *, negative_prompt: str = NEGATIVE,
+        frames: int | None = None, aspect: str | tuple[int, int] | None = None, resolution: str | None = None,
+        size: tuple[int, int] | None = None,
         steps: int = 50, guidance: float = 6.0, shift: float | None = None, seed: int | Sequence[int] = 42,
         text_lora: str = "off", refresh: int = 1, one_way: bool | None = None, prune: int | None = None,
         step_cache: int | None = None, timesteps: Sequence[float] | None = None, noise: Any = None,
@@ -225,9 +228,9 @@ class DreamBooth3D(Model):
         Args:
             prompt, negative_prompt: what is quoted with double quotes is to be written in the picture.
             subject: of `subject`; None: a video of the prompt alone.
-            frames: 4n + 1.
-            aspect, resolution: 'W:H' or (W, H) and '720p' or '480p', default the transformer's; size: (height, width)
-                in pixels instead of both.
+            frames: 4n + 1, default 49 or what the transformer's configuration says (sample_frames).
+            aspect, resolution: 'W:H' or (W, H), default 16:9, and '720p' or '480p', default the transformer's; size:
+                (height, width) in pixels instead of both, default the configuration's sample_size, if it has one.
             steps, guidance, shift: of the noise schedule; guidance 1 runs the prompt alone; shift None: the
                 transformer's own.
             seed: 0 <= seed < 2^63; noise is the released bf16 draw of torch. Several: a video each.
@@ -365,7 +368,8 @@ class DreamBooth3D(Model):
 
         Args:
             photos: of the subject from all around (some 30), as `subject` takes views; their middle square is used.
-            references: the few views that it will be shown beside, in the order of their times.
+            references: the few views that it will be shown beside, in the order of their times; none: it is optimised
+                alone, and shown without.
             folder: for checkpoints and the state of the run.
             name: identifier and class, as prompts will name it: 'rhs plushie'.
             side: of the square in pixels.
@@ -392,11 +396,13 @@ class DreamBooth3D(Model):
             raise InputError(f"{len(photos)} photos; 1 to 4096 are needed")
         prompt = read_prompt(f"A video of a [{name}].")
         shots = [read_views([p], shrink=1.0)[0] for p in photos]
-        views = read_views(references, shrink=shrink)
+        views = read_views(references, shrink=shrink) if len(references) else []
+        if views_adapter is not None and not views:
+            raise InputError("views_adapter= is for references; give references=, or leave out views_adapter")
         if preview_every:
             self._checked_preview(
                 f"A video of a [{name}].",
-                Subject("joint", name, None, None, tuple(views), one_way=chosen.one_way),
+                Subject("joint" if views else "subject", name, None, None, tuple(views), one_way=chosen.one_way),
                 preview or {},
             )
         where = Path(views_adapter) if views_adapter is not None else self._files.views
@@ -405,8 +411,9 @@ class DreamBooth3D(Model):
         require(memory_plan(self.config, chosen, tokens), "cpu", "take a smaller side=, or close other models")
         with self._use(), self._context():
             moments = [self._square(v, side) for v in shots]
-            clean = np.concatenate([self._square(v, side)[0] for v in views])
-            given = Photos(np.concatenate([m for m, _ in moments]), np.concatenate([d for _, d in moments]), clean,
+            clean = [self._square(v, side)[0] for v in views]
+            given = Photos(np.concatenate([m for m, _ in moments]), np.concatenate([d for _, d in moments]),
+                           np.concatenate(clean) if clean else np.zeros((0, *moments[0][0].shape[1:]), np.float32),
                            self._states(replace(prompt, spans=()), "image").values)  # fmt: skip
         run = Personalizer(self.config, self._files.dit, given, chosen, pretrained)
 

@@ -69,7 +69,7 @@ class Settings:
 @dataclass(frozen=True)
 class Photos:
     """What a run learns from, all f32: mean, std [N, z, h, w] of the photos' latents, scaled; views [R, z, h, w], clean
-    latents of the references in the order of their times; states [n, text_dim] of the prompt's tokens."""
+    latents of the references in the order of their times, or none; states [n, text_dim] of the prompt's tokens."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -81,8 +81,8 @@ class Photos:
         shape = self.mean.shape
         if len(shape) != 4 or not shape[0] or shape[1] != c.channels or self.std.shape != shape:
             raise InputError(f"photos are {list(shape)} and {list(self.std.shape)}; [N, {c.channels}, h, w] twice")
-        if self.views.ndim != 4 or self.views.shape[1:] != shape[1:] or not len(self.views):
-            raise InputError(f"views are {list(self.views.shape)}; [R, {', '.join(map(str, shape[1:]))}], R at least 1")
+        if self.views.ndim != 4 or self.views.shape[1:] != shape[1:]:
+            raise InputError(f"views are {list(self.views.shape)}; [R, {', '.join(map(str, shape[1:]))}] are needed")
         if self.states.ndim != 2 or self.states.shape[1] != c.text_dim or not len(self.states):
             raise InputError(f"states are {list(self.states.shape)}; [n, {c.text_dim}] are needed")
         for name, value in vars(self).items():
@@ -106,7 +106,7 @@ def memory_plan(c: DitConfig, settings: Settings, tokens: int) -> dict[str, int]
 
 
 class Personalizer:
-    """One run: `step` by step, or `run` to the end. Trained are a new adapter of the subject and the views' one."""
+    """One run, `step` by step or to its end: trains a new adapter of the subject and, where there are views, theirs."""
 
     def __init__(
         self, c: DitConfig, base: Source, photos: Photos, settings: Settings, views: Source | None = None
@@ -123,11 +123,13 @@ class Personalizer:
         self._base = {k: _read(base, k).to(self._dtype) for k in dit_shapes(c)}
         generator = torch.Generator().manual_seed(settings.seed)
         self.adapters = {
-            "subject": _fresh(c, settings.rank, KINDS["subject"], generator),
+            "subject": fresh_adapter(c, settings.rank, KINDS["subject"], generator),
             "views": {k: _read(views, k) for k in views.keys()}  # noqa: SIM118
             if views is not None
-            else _fresh(c, settings.rank, KINDS["views"], generator),
+            else fresh_adapter(c, settings.rank, KINDS["views"], generator),
         }
+        if not len(photos.views):
+            del self.adapters["views"]
         for part in self.adapters.values():
             for key in part:
                 part[key] = part[key].to(self._dtype).requires_grad_()
@@ -149,7 +151,7 @@ class Personalizer:
         time = 1000 * (1 / (1 + np.exp(-rng.standard_normal())) * (1 - 2e-5) + 1e-5)
         alone = rng.random() < s.drop_views and 2 * self.done >= s.steps
         views = () if alone else tuple(torch.from_numpy(p.views))
-        how = Adapters(self.adapters["subject"], self.adapters["views"], "all")
+        how = Adapters(self.adapters["subject"], self.adapters.get("views"), "all")
         context = torch.autocast("cpu", torch.bfloat16) if self._dtype == torch.bfloat16 else nullcontext()
         with context:
             loss = one_frame_loss(
@@ -258,7 +260,7 @@ def _stored(value: Tensor) -> tuple[str, np.ndarray]:
     return "F32", plain.numpy()
 
 
-def _fresh(c: DitConfig, rank: int, modules: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
+def fresh_adapter(c: DitConfig, rank: int, modules: Sequence[str], generator: torch.Generator) -> dict[str, Tensor]:
     """An adapter that changes nothing yet: A uniform within 1 / sqrt(its width), B zero."""
     out = {}
     for name, shape in adapter_shapes(c, rank, tuple(modules)).items():

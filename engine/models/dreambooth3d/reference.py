@@ -1,7 +1,8 @@
 """3DreamBooth in plain torch, as released: what the plans must give (arXiv 2603.18524; HunyuanVideo-1.5, 2025).
 
 Weights are mappings of tensors under the official names; everything is differentiable. Padding, which the released
-model masks, is never computed. One row at a time: guidance's two branches have texts of different lengths.
+model masks, is never computed. Guidance's two branches have texts of different lengths, so they are not one batch; for
+training, latents, states, views and timesteps may have a dimension of samples in front, all of them or none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.blocks.diffusion import time_sinusoid
+from engine.blocks.diffusion import time_frequencies, time_sinusoid
 from engine.blocks.diffusion_reference import turn
 from engine.models.dreambooth3d.config import DitConfig
 from engine.models.dreambooth3d.schedule import noise_levels, rotation_angles
@@ -54,7 +55,7 @@ def linear(w: Weights, name: str, x: Tensor, adapter: Weights | None = None, sha
         return out
     a, b = (adapter[f"{name}.lora_{m}.weight"].flatten(1) for m in "AB")
     low = F.linear(x, a)
-    if isinstance(share, float) and share == 1.0:
+    if x.dim() == 2 and isinstance(share, float) and share == 1.0:
         return torch.addmm(out, low, b.T)  # one pass, also backwards
     return out + share * F.linear(low, b)
 
@@ -77,31 +78,38 @@ def norm(x: Tensor, eps: float, w: Weights | None = None, name: str = "") -> Ten
 
 
 def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm times 1 + scale, plus shift."""
+    """Layer norm times 1 + scale, plus shift; these [D], or [B, 1, D] of x [B, L, D]."""
+    if shift.dim() > 1:
+        return torch.addcmul(shift, norm(x, eps), 1 + scale)
     return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, eps)
 
 
-def embedded_time(w: Weights, name: str, c: DitConfig, timestep: float) -> Tensor:
-    """[D] of a timestep in [0, 1000], not rounded."""
-    s = torch.from_numpy(time_sinusoid(timestep, c.freq_dim, np.float32)).to(w[f"{name}.mlp.0.weight"].dtype)
+def embedded_time(w: Weights, name: str, c: DitConfig, timestep: float | Tensor) -> Tensor:
+    """[D] of a timestep in [0, 1000], not rounded; [B, 1, D] of timesteps [B]."""
+    if isinstance(timestep, Tensor):
+        angle = timestep[:, None, None] * torch.from_numpy(time_frequencies(c.freq_dim, np.float32))
+        s = torch.cat([angle.cos(), angle.sin()], -1)
+    else:
+        s = torch.from_numpy(time_sinusoid(timestep, c.freq_dim, np.float32))
+    s = s.to(w[f"{name}.mlp.0.weight"].dtype)
     return linear(w, f"{name}.mlp.2", F.silu(linear(w, f"{name}.mlp.0", s)))
 
 
 # ------------------------------------------------------------------------------------------------------ text
 def text_tokens(
-    w: Weights, c: DitConfig, states: Tensor, timestep: float, glyphs: Tensor | None = None
+    w: Weights, c: DitConfig, states: Tensor, timestep: float | Tensor, glyphs: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """[n, D] of the language model's states [n, text_dim] of a prompt's tokens, behind those of quoted texts' glyphs
     [m, glyph_dim]."""
     p = "txt_in"
-    pooled = linear(w, f"{p}.c_embedder.linear_1", states.mean(0))
+    pooled = linear(w, f"{p}.c_embedder.linear_1", states.mean(-2, keepdim=states.dim() > 2))
     vec = F.silu(
         embedded_time(w, f"{p}.t_embedder", c, timestep) + linear(w, f"{p}.c_embedder.linear_2", F.silu(pooled))
     )
     x = linear(w, f"{p}.input_embedder", states)
     for i in range(c.refiner_layers):
         b = f"{p}.individual_token_refiner.blocks.{i}"
-        g1, g2 = linear(w, f"{b}.adaLN_modulation.1", vec).chunk(2)
+        g1, g2 = linear(w, f"{b}.adaLN_modulation.1", vec).chunk(2, -1)
         q, k, v = (heads(t, c) for t in linear(w, f"{b}.self_attn_qkv", norm(x, c.eps, w, f"{b}.norm1")).chunk(3, -1))
         x = x + g1 * linear(w, f"{b}.self_attn_proj", attend(q, k, v))
         h = F.silu(linear(w, f"{b}.mlp.fc1", norm(x, c.eps, w, f"{b}.norm2")))
@@ -118,12 +126,14 @@ def text_tokens(
 # ------------------------------------------------------------------------------------------------------ blocks
 def heads(x: Tensor, c: DitConfig) -> Tensor:
     """[L, D] to [heads, L, head_dim]."""
-    return x.unflatten(-1, (c.heads, c.head_dim)).transpose(0, 1)
+    return x.unflatten(-1, (c.heads, c.head_dim)).transpose(-3, -2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[L, D] of heads [heads, L, head_dim]: every token sees every token."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+    lead = q.shape[:-3]
+    q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).reshape(*lead, q.shape[-2], -1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ def block(
     mods: list[tuple[Tensor, ...]] = []
     parts: list[dict[str, Tensor]] = []
     for s in streams:
-        mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6))
+        mods.append(linear(w, f"{name}.{s.kind}_mod.linear", F.silu(s.vec)).chunk(6, -1))
         shift, scale = mods[-1][:2]
         h = modulated(s.x, c.eps, shift, scale)
         made = {n: heads(s.product(w, name, f"attn_{n}", h), c) for n in ("kv" if last and parts else "qkv")}
@@ -160,14 +170,18 @@ def block(
             t = F.rms_norm(made[n], made[n].shape[-1:], w[f"{name}.{s.kind}_attn_{n}_norm.weight"], c.eps)
             made[n] = t if s.angles is None else turn(t, s.angles)
         parts.append(made)
-    q, k, v = (torch.cat([made[n] for made in parts if n in made], 1) for n in "qkv")
+    q, k, v = (torch.cat([made[n] for made in parts if n in made], -2) for n in "qkv")
     if last:
         streams, mods, one_way = streams[:1], mods[:1], False
-    sizes = [len(s.x) for s in streams]
-    mixed = attend(q, k, v).split(sizes)
+    sizes = [s.x.shape[-2] for s in streams]
+    mixed = attend(q, k, v).split(sizes, -2)
     if one_way and len(streams) > 2:
-        views = slice(sizes[0], len(q[0]) - sizes[-1])
-        mixed = (mixed[0], *attend(q[:, views], k[:, views], v[:, views]).split(sizes[1:-1]), mixed[-1])
+        views = slice(sizes[0], q.shape[-2] - sizes[-1])
+        mixed = (
+            mixed[0],
+            *attend(q[..., views, :], k[..., views, :], v[..., views, :]).split(sizes[1:-1], -2),
+            mixed[-1],
+        )
     out = []
     for s, (_, _, g1, shift, scale, g2), o in zip(streams, mods, mixed):
         x = torch.addcmul(s.x, g1, s.product(w, name, "attn_proj", o))
@@ -178,23 +192,23 @@ def block(
 
 
 def begin(
-    w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
+    w: Weights, c: DitConfig, latent: Tensor, timestep: float | Tensor, states: Tensor, views: Sequence[Tensor] = (),
     adapters: Adapters = Adapters(), glyphs: Tensor | None = None,
 ) -> list[Stream]:  # fmt: skip
     """Streams in front of the first block: video, references if there are any, text. See `velocity`."""
-    rows, columns = latent.shape[2:]
+    rows, columns = latent.shape[-2:]
 
     def tokens(z: Tensor, adapter: Weights | None) -> tuple[Tensor, Tensor]:
         """What is embedded: the latent, and no condition behind it. The time of a reference is its number."""
-        full = F.pad(z.flatten(1).T, (0, c.in_channels - len(z)))
-        angles = rotation_angles(z.shape[1], rows, columns, c.axes, c.theta)
+        full = F.pad(z.flatten(-3).mT, (0, c.in_channels - z.shape[-4]))
+        angles = rotation_angles(z.shape[-3], rows, columns, c.axes, c.theta)
         return linear(w, EMBED, full, adapter), torch.from_numpy(angles)
 
     vec, still = (embedded_time(w, "time_in", c, at) for at in (timestep, 0.0))
     x, angles = tokens(latent, adapters.subject)
     streams = [Stream(x, "img", vec, angles, adapters.subject, adapters.scale)]
     if len(views):
-        x, angles = tokens(torch.stack(tuple(views), 1), adapters.views)
+        x, angles = tokens(torch.stack(tuple(views), -3), adapters.views)
         streams.append(Stream(x, "img", still, angles, adapters.views))
     x = text_tokens(w, c, states, timestep, glyphs)
     share = adapters.share
@@ -205,7 +219,7 @@ def begin(
 
 
 def velocity(
-    w: Weights, c: DitConfig, latent: Tensor, timestep: float, states: Tensor, views: Sequence[Tensor] = (),
+    w: Weights, c: DitConfig, latent: Tensor, timestep: float | Tensor, states: Tensor, views: Sequence[Tensor] = (),
     adapters: Adapters = Adapters(), glyphs: Tensor | None = None, one_way: bool = False,
 ) -> Tensor:  # fmt: skip
     """The velocity [z, T, h, w] of a noisy latent [z, T, h, w] at a timestep in [0, 1000].
@@ -217,13 +231,13 @@ def velocity(
     streams = begin(w, c, latent, timestep, states, views, adapters, glyphs)
     for i in range(c.layers):
         streams = block(w, c, f"double_blocks.{i}", streams, one_way, last=i == c.layers - 1)
-    return ended(w, c, streams[0]).unflatten(1, latent.shape[1:])
+    return ended(w, c, streams[0]).unflatten(-1, latent.shape[-3:])
 
 
 def ended(w: Weights, c: DitConfig, video: Stream) -> Tensor:
     """[z, L] of the video behind the last block."""
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2)
-    return linear(w, "final_layer.linear", modulated(video.x, c.eps, shift, scale)).T
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", F.silu(video.vec)).chunk(2, -1)
+    return linear(w, "final_layer.linear", modulated(video.x, c.eps, shift, scale)).mT
 
 
 # ------------------------------------------------------------------------------------------------------ sampling

@@ -24,6 +24,7 @@ from engine.runtime.model import bounded
 
 TEXT_LORA = ("off", "all", "span")
 MAX_SEEDS = 64
+ASPECT = (16, 9)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ class Options:
     @staticmethod
     def of(
         c: DitConfig, v: VaeConfig, *, device: str = "cpu", dtype: object = "auto", quant: str | None = None,
-        frames: int = 49, size: tuple[int, int] | None = None, views: int = 4, steps: int = 50, text: int = 256,
-        keep: int = 0, spans: bool = False, tile: int = 256, overlap: float = 0.125,
+        frames: int | None = None, size: tuple[int, int] | None = None, views: int = 4, steps: int = 50,
+        text: int = 256, keep: int = 0, spans: bool = False, tile: int = 256, overlap: float = 0.125,
     ) -> Options:  # fmt: skip
-        latent_frames(frames)
-        height, width = bucket(9, 16, c.resolution) if size is None else _size(size, v.spatial)
+        frames, size = c.sample_frames if frames is None else frames, c.sample_size if size is None else size
+        latent_frames(frames, v.temporal)
+        height, width = bucket(*ASPECT[::-1], c.resolution) if size is None else _size(size, v.spatial)
         return Options(
             device, parse_dtype("bf16" if dtype in ("auto", None) else dtype), quant,
             bounded("frames", frames, 1, 1 << 12), (height, width), bounded("views", views, 0, MAX_VIEWS),
@@ -119,8 +121,13 @@ class Requests:
         steps = bounded("steps", len(sigmas) - 1, 1, o.steps)
         cache = bounded("step_cache", step_cache, 1, 1000) if step_cache is not None else 1
         refresh = bounded("refresh", refresh, 1, 1000)
-        height, width = _size(size, v.spatial) if size is not None else _bucket(aspect, resolution or c.resolution)
-        count = latent_frames(frames)
+        if size is None and aspect is None and resolution is None:
+            size = c.sample_size
+        if size is None:
+            height, width = _bucket(ASPECT if aspect is None else aspect, resolution or c.resolution)
+        else:
+            height, width = _size(size, v.spatial)
+        count = latent_frames(c.sample_frames if frames is None else frames, v.temporal)
         views = 0 if subject is None else len(subject.views)
         shape = Shape(count, height // v.spatial, width // v.spatial, views, 1 if guidance == 1 else 2)
         if prune is not None and subject is not None:

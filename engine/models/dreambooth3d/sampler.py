@@ -53,6 +53,7 @@ class Sampler:
             return found
         out = np.empty((len(sigmas) - 1, quoted + n, d.c.width), np.float32)
         if glyphs is not None and quoted:
+            assert d.glyphs is not None
             d.glyphs.rows(0, quoted).write(glyphs)
             d.count.write(np.array([quoted], np.int32))
             self._plans["glyphs"].replay()

@@ -11,7 +11,6 @@ from engine.errors import InputError
 from engine.io.values import show
 
 STRIDE = 16  # pixels of a latent's cell
-TIME_STRIDE = 4  # frames of a latent's frame, behind the first
 BASES = {"720p": 960, "480p": 640}  # pixels of the edge of a square of as many pixels
 MAX_RATIO = 4
 
@@ -83,8 +82,8 @@ def bucket(height: float, width: float, resolution: str = "720p") -> tuple[int, 
     return a * STRIDE, b * STRIDE
 
 
-def latent_frames(frames: int) -> int:
-    """Latent frames of 4n + 1 frames. Raises: InputError for another number."""
-    if type(frames) is not int or frames < 1 or frames % TIME_STRIDE != 1:
-        raise InputError(f"frames={frames!r}; 4n + 1 are needed, such as 49 or 81")
-    return (frames - 1) // TIME_STRIDE + 1
+def latent_frames(frames: int, stride: int = 4) -> int:
+    """Latent frames of stride n + 1 frames. Raises: InputError for another number."""
+    if type(frames) is not int or frames < 1 or (frames - 1) % stride:
+        raise InputError(f"frames={frames!r}; {stride}n + 1 are needed, such as {12 * stride + 1} or {20 * stride + 1}")
+    return (frames - 1) // stride + 1

@@ -20,6 +20,9 @@ TILE, OVERLAP = 256, 0.125  # pixels of a tile, and the share of it that neighbo
 
 def conv(w: Weights, name: str, x: Tensor) -> Tensor:
     """3 x 3 x 3, seeing no later frame; edges are repeated."""
+    if x.shape[1] == 1:  # all of a kernel's taps in time meet the one frame
+        x = F.pad(x.transpose(0, 1), (1, 1, 1, 1), mode="replicate")
+        return F.conv2d(x, w[f"{name}.conv.weight"].sum(2), w[f"{name}.conv.bias"]).transpose(0, 1)
     x = F.pad(x[None], (1, 1, 1, 1, 2, 0), mode="replicate")
     return F.conv3d(x, w[f"{name}.conv.weight"], w[f"{name}.conv.bias"])[0]
 
