@@ -15,9 +15,10 @@ from cells import SIDE
 from language import Asked, Batch, Reader
 from rooms import FRAMES
 from torch import Tensor
-from towers import DIT, EYES, train
+from towers import DIT, EYES
 
 from engine.models.vega3d.reference import fuse, position_code, projector
+from examples.tiny.fitting import train
 
 Weights = dict[str, Tensor]
 #: "code" is the token gate with codes of world coordinates, which hand the geometry over.

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from arms import Arm, Streams
 from tokenizers import Tokenizer
 from torch import Tensor
-from towers import train
 from words import HEAD, TAIL, pieces
 
 from engine.blocks.qwen_language import LanguageConfig
@@ -18,6 +17,7 @@ from engine.blocks.scene import Voxels
 from engine.models.vega3d.reference import ground_scores, object_features, projector
 from engine.models.vega3d.scene import TASKS
 from engine.models.vega3d.weights import HEADS
+from examples.tiny.fitting import train
 
 Weights = dict[str, Tensor]
 TEMPERATURE = 0.07  # of the contrast between boxes (InfoNCE)

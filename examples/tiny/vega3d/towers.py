@@ -5,9 +5,6 @@ Weights have their published names and run through the engine's references, so w
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from engine.models.vega3d.generator_config import DitConfig, Tap, VaeConfig
 from engine.models.vega3d.generator_weights import dit_shapes, vae_shapes
 from engine.models.vega3d.schedule import noise_level
 from engine.models.vega3d.weights import VISION
+from examples.tiny.fitting import train
 
 Weights = dict[str, Tensor]
 VAE = VaeConfig(dim=16, z=8, mult=(1, 2, 4), blocks=1, mean=(0.0,) * 8, std=(1.0,) * 8)
@@ -46,27 +44,6 @@ def begin(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> Wei
                 value = noise
         out[name] = value.requires_grad_()
     return out
-
-
-def train(
-    name: str, parameters: Iterable[Tensor], loss: Callable[[int], Tensor], steps: int, rate: float, every: int = 100
-) -> None:
-    """AdamW under a warm-up and a cosine; prints the mean loss now and then."""
-    parameters = list(parameters)
-    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    start, seen = time.perf_counter(), []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / steps)))
-        value = loss(step)
-        optimiser.zero_grad()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        seen.append(value.item())
-        if (step + 1) % every == 0 or step + 1 == steps:
-            now = time.perf_counter() - start
-            print(f"{name}: step {step + 1} of {steps}, loss {np.mean(seen[-every:]):.4f}, {now:.0f} s", flush=True)
 
 
 def pixels(frames: Tensor) -> Tensor:

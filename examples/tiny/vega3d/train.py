@@ -38,11 +38,11 @@ from questions import SPATIAL, exam, interval
 from room_data import sample
 from rooms import COLOURS, FRAMES, HIGH, LOW, SHAPES
 from tokenizers import Tokenizer
-from words import train_tokenizer
+from words import vocabulary
 
 from engine.blocks.qwen_language import LanguageConfig
 from engine.blocks.scene import Voxels, average_coordinates, patches_in_boxes, world_coordinates
-from engine.io.checkpoint import SafetensorsFile, save
+from examples.tiny.fitting import kept
 
 Weights = dict[str, Tensor]
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,19 +53,6 @@ VOXELS = Voxels(tuple(LOW), tuple(HIGH), 0.1)
 
 def language_config(vocab: int) -> LanguageConfig:
     return LanguageConfig(128, 4, 4, 2, 32, 384, vocab, theta=1e4, tied=True)
-
-
-def kept(work: Path, name: str, make: Callable[[], tuple[Weights, dict[str, Any]]]) -> tuple[Weights, dict[str, Any]]:
-    """Weights of a stage and what else is known of them: from the work folder where they are there."""
-    weights, facts = work / f"{name}.safetensors", work / f"{name}.json"
-    if not weights.exists():
-        start = time.perf_counter()
-        made, about = make()
-        facts.write_text(json.dumps(about) + "\n")
-        save(weights, {k: ("F32", np.ascontiguousarray(v.float().numpy())) for k, v in made.items()})
-        print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    with SafetensorsFile(weights) as file:
-        return {k: torch.from_numpy(np.array(file.read(k))) for k in file.keys()}, json.loads(facts.read_text())  # noqa: SIM118
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -167,7 +154,7 @@ def main() -> None:
     each = max(2, round(EACH * args.scale))
     data, test = draw(False, max(96, round(ROOMS * args.scale))), draw(True, max(64, round(HELD_OUT * args.scale)))
     print(f"== rooms: {time.perf_counter() - start:.0f} s", flush=True)
-    tok = train_tokenizer(f"{q.text} {q.answer}" for asked in data["questions"][:500] for q in asked)
+    tok = vocabulary(f"{q.text} {q.answer}" for asked in data["questions"][:500] for q in asked)
     rooms = [Asked.of(tok, q) for q in data["questions"]]
     vae_w, about = kept(args.work, "vae", lambda: towers.train_vae(data["rgb"], steps("vae"), SEED))
     vae = replace(towers.VAE, mean=tuple(about["mean"]), std=tuple(about["std"]))

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from questions import Question
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from engine.models.vega3d.scene import INSTRUCTION, SYSTEM, TASKS
+from examples.tiny.tokens import train_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<ground>", "<coord>"]
 END = "<|im_end|>"
@@ -18,21 +19,9 @@ TAIL = ("<|im_end|>\n", "<|im_start|>assistant\n")
 VOCAB = 640
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE in which every word of the questions is one token."""
-    tok = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\n|[^\p{L}\n]"), "isolated")
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tok.train_from_iterator([*texts, *[SYSTEM, INSTRUCTION, *TASKS.values(), *TAIL] * 50], trainer)
-    tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return tok
+def vocabulary(texts: Iterable[str]) -> Tokenizer:
+    """In which every word of the questions is one token."""
+    return train_tokenizer([*texts, *[SYSTEM, INSTRUCTION, *TASKS.values(), *TAIL] * 50], SPECIAL, VOCAB)
 
 
 def pieces(tok: Tokenizer, *texts: str) -> list[int]:
