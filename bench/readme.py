@@ -171,6 +171,16 @@ def figure_table() -> str:
         if "gflop_s" in r:
             roof = f"{r['gflop_s']:.0f} GFLOP/s"
         rows.append(_row(what, r.get("kind", "bf16"), f"{r['seconds']:.1f} s", roof, "as tests", versus, data["file"]))
+    data = newest("subjects")
+    for r in data["rows"]:
+        gate = f"colours {r['similarity']:.3f}, unseen sides {r['consistency']:.2f} dB"
+        if r["what"] == "ablation":
+            rows.append(_row(f"dreambooth3d-tiny, {r['subjects']} unseen solids: {r['arm']}", "fp32", "-", "-", gate,
+                             f"both better on {r['both_better']}", data["file"]))  # fmt: skip
+        elif r["name"] != "exact":
+            near = f"latent within {r['latent']:.2f}" + (f", {r['psnr']:.1f} dB" if r["psnr"] else "")
+            rows.append(_row(f"the same, {r['name']}", "fp32", f"×{r['speed']:.2f} the exact speed", "-",
+                             f"{near}; {gate}", "exact", data["file"]))  # fmt: skip
     data = newest("gemm")
     for fmt in ("f32", "bf16"):
         mine = [r for r in data["rows"] if r["format"] == fmt and "vs_torch" in r]

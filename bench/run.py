@@ -1,6 +1,4 @@
-"""./run bench [ops|gemm|slice|full|flow|motok|vega3d|dreambooth3d|reaction|model|plan|predict|gpu|readme] ...: --help.
-
-Alone: ops."""
+"""Benches, one verb a suite: ./run bench --help. Alone: ops."""
 
 from __future__ import annotations
 
@@ -37,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     dream.add_argument("kinds", nargs="*", choices=["bf16", "int8", []], default=[])
     dream.add_argument("--rounds", type=int, default=3)
+    subjects = verbs.add_parser("subjects", help="dreambooth3d-tiny: the ablation on unseen solids, and approximations")
+    subjects.add_argument("--subjects", type=int, default=20)
     reaction = verbs.add_parser("reaction", help="pi05-tiny and xvla-tiny: balls caught under sync, async and FASTER")
     reaction.add_argument("models", nargs="*", choices=["pi05-tiny", "xvla-tiny", []], default=[])
     reaction.add_argument("--episodes", type=int, default=200)
@@ -96,6 +96,10 @@ def main(argv: list[str] | None = None) -> None:
         from bench.dreambooth3d import main as run_dreambooth3d
 
         run_dreambooth3d(a.kinds or ["bf16"], a.rounds)
+    elif a.suite == "subjects":
+        from bench.subjects import main as run_subjects
+
+        run_subjects(a.subjects)
     elif a.suite == "reaction":
         from bench.reaction import main as run_reaction
 
