@@ -146,7 +146,6 @@ def test_a_full_disk_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.Mon
     ("change", "named"),
     [({"mean": PHOTOS.mean[:, :7]}, "photos"), ({"std": PHOTOS.std[:1]}, "photos"),
      ({"mean": PHOTOS.mean[:0]}, "photos"), ({"views": PHOTOS.views[:, :, :3]}, "views"),
-     ({"views": PHOTOS.views[:0]}, "views"),
      ({"states": PHOTOS.states[:, :5]}, "states"), ({"states": PHOTOS.states[:0]}, "states"),
      ({"mean": PHOTOS.mean * np.float32("nan")}, "mean holds NaN")],
 )  # fmt: skip
