@@ -8,6 +8,10 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+
+from engine.ops.registry import error
+
 from . import build
 
 MODELS = str(build.ROOT / "tests/models")  # whose helpers the modules import
@@ -16,6 +20,12 @@ MODELS = str(build.ROOT / "tests/models")  # whose helpers the modules import
 def problems(model: Any) -> list[str]:
     """What an audit of every plan of a model finds, replayed once."""
     return [f"{name}: {p}" for name, plan in model.plans.items() for p in plan.audit(model.arena, replays=1).problems]
+
+
+def tell(model: Any, got: np.ndarray, want: np.ndarray, audit: list[str] | None) -> None:
+    """Prints the line of a module that is run by `beside`: the error, which kinds of nodes ran, what an audit found."""
+    kinds = sorted({n.impl for plan in model.plans.values() for n in plan.nodes})
+    print(json.dumps({"error": error(got, want), "kinds": kinds, "audit": audit}))
 
 
 def beside(module: str, *arguments: str) -> dict[str, Any]:

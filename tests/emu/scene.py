@@ -6,16 +6,14 @@ CUDA nodes run on the emulator and Triton nodes in the interpreter, in plan orde
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 import numpy as np
 from _vega import VACE, geometry, pictures, random_generator, random_model, random_spatial
 
-from engine.ops.registry import error
 from engine.runtime import cuda
 
-from .beside import problems
+from .beside import problems, tell
 from .driver import EmulatedCuda
 
 
@@ -56,10 +54,7 @@ def main() -> int:
     with cuda.use(EmulatedCuda()):
         m, gpu = run("cuda")
         audit = problems(m) if args.audit else None
-    print(json.dumps({
-        "error": error(gpu, cpu), "kinds": sorted({n.impl for plan in m.plans.values() for n in plan.nodes}),
-        "audit": audit,
-    }))  # fmt: skip
+    tell(m, gpu, cpu, audit)
     return 0
 
 

@@ -7,7 +7,6 @@ whole request is the transformer's steps and the VAE's tiles, each executed here
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -19,11 +18,10 @@ from engine.models.dreambooth3d.config import VaeConfig
 from engine.models.dreambooth3d.dit import Shape
 from engine.models.dreambooth3d.schedule import noise_levels
 from engine.models.dreambooth3d.tiles import Tiling
-from engine.ops.registry import error
 from engine.runtime import cuda
 from engine.runtime.device import on
 
-from .beside import problems
+from .beside import problems, tell
 from .driver import EmulatedCuda
 
 SHAPE = Shape(2, 2, 3, 2)  # latent frames, rows, columns, views; both branches of guidance
@@ -60,10 +58,7 @@ def main() -> int:
     with cuda.use(EmulatedCuda()), on("cuda"):
         m, gpu = run("cuda", args.dtype)
         audit = problems(m)
-    print(json.dumps({
-        "error": error(gpu, cpu), "kinds": sorted({n.impl for plan in m.plans.values() for n in plan.nodes}),
-        "audit": audit,
-    }))  # fmt: skip
+    tell(m, gpu, cpu, audit)
     return 0
 
 
