@@ -175,8 +175,10 @@ def figure_table() -> str:
     for r in data["rows"]:
         gate = f"colours {r['similarity']:.3f}, unseen sides {r['consistency']:.2f} dB"
         if r["what"] == "ablation":
-            rows.append(_row(f"dreambooth3d-tiny, {r['subjects']} unseen solids: {r['arm']}", "fp32", "-", "-", gate,
-                             f"both better on {r['both_better']}", data["file"]))  # fmt: skip
+            what, versus = f"dreambooth3d-tiny, {r['subjects']} unseen solids: {r['arm']}", "-"
+            if r["arm"] != "both":
+                versus = f"both better from there on {r['both_better']} of {r['subjects']}"
+            rows.append(_row(what, "fp32", "-", "-", gate, versus, data["file"]))
         elif r["name"] != "exact":
             near = f"latent within {r['latent']:.2f}" + (f", {r['psnr']:.1f} dB" if r["psnr"] else "")
             rows.append(_row(f"the same, {r['name']}", "fp32", f"×{r['speed']:.2f} the exact speed", "-",

@@ -21,7 +21,7 @@ from engine.models.dreambooth3d.model import DreamBooth3D
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples/tiny/dreambooth3d"))
 
 from clips import draw
-from view_exam import ARMS, Marks, examine, film, marks, subjects_of
+from view_exam import ARMS, Marks, examine, film, marks, mean_marks, psnr, subjects_of
 
 #: By name: what `generate` is asked for, and whether the subject was trained so.
 APPROXIMATIONS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -38,18 +38,14 @@ APPROXIMATIONS: dict[str, tuple[dict[str, Any], bool]] = {
 ROUNDS = 5  # pairs that a time is the median of
 
 
-def mean_marks(found: list[Marks]) -> dict[str, float]:
-    return {k: float(np.mean([getattr(m, k) for m in found])) for k in ("similarity", "consistency")}
-
-
 def ablation(report: Report, model: DreamBooth3D, subjects: int) -> None:
     found = [examine(model, i) for i in range(subjects)]
     for arm in ARMS:
         row = mean_marks([f[arm] for f in found])
-        least = {other: sum(f["both"].consistency > f[other].consistency for f in found) for other in ARMS}
+        beaten = sum(f["both"].consistency > f[arm].consistency for f in found)
         print(f"{arm}: colours {row['similarity']:.3f}, unseen sides {row['consistency']:.2f} dB "
-              f"(both better on {least[arm]} of {subjects})")  # fmt: skip
-        report.add(what="ablation", arm=arm, subjects=subjects, both_better=least[arm], **row)
+              f"(both better from there on {beaten} of {subjects})")  # fmt: skip
+        report.add(what="ablation", arm=arm, subjects=subjects, both_better=beaten, **row)
 
 
 def approximations(report: Report, model: DreamBooth3D, subjects: int) -> None:
@@ -69,15 +65,14 @@ def approximations(report: Report, model: DreamBooth3D, subjects: int) -> None:
                     ratios.append(plain.stages["sample"] / video.stages["sample"])
                 off = np.linalg.norm(video.latent - exact.latent) / np.linalg.norm(exact.latent)
                 square = np.square(video.frames.astype(float) - exact.frames).mean()
-                psnr = 10 * np.log10(255**2 / max(square, 1e-9))
-                rows[name].append((float(np.median(ratios)), float(off), float(psnr), marks(video.frames, shown)))
+                rows[name].append((float(np.median(ratios)), float(off), psnr(square), marks(video.frames, shown)))
     for name, each in rows.items():
-        speed, off, psnr = (float(np.median([r[k] for r in each])) for k in range(3))
+        speed, off, near = (float(np.median([r[k] for r in each])) for k in range(3))
         kept = mean_marks([r[3] for r in each])
-        print(f"{name}: x{speed:.2f} of the exact sampler's speed, latent within {off:.2f}, {psnr:.1f} dB of it; "
+        print(f"{name}: x{speed:.2f} of the exact sampler's speed, latent within {off:.2f}, {near:.1f} dB of it; "
               f"colours {kept['similarity']:.3f}, unseen sides {kept['consistency']:.2f} dB")  # fmt: skip
         report.add(what="approximation", name=name, subjects=subjects, speed=speed, latent=off,
-                   psnr=None if np.isinf(psnr) else psnr, **kept)  # fmt: skip
+                   psnr=None if np.isinf(near) else near, **kept)  # fmt: skip
 
 
 def main(subjects: int) -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/tiny/drea
 
 from clips import FRAMES, MOTIONS, VIEWS, caption, captions, clip, draw, turned
 from solids import SIZE, Solid, draw_solid, render
-from view_exam import ARMS, HOW, PHOTOS, examine, histogram, marks
+from view_exam import ARMS, HOW, PHOTOS, examine, histogram, marks, psnr
 
 import engine
 from engine.models.dreambooth3d.model import DreamBooth3D
@@ -64,16 +64,18 @@ def test_it_films_what_a_prompt_says() -> None:
 def test_other_formats_film_the_same(dtype: str, quant: str | None) -> None:
     prompt = "A video of a green and purple ball turning right."
     want, got = (film(m, prompt).frames.astype(float) for m in (model(), model(dtype, quant)))
-    assert 10 * np.log10(255**2 / np.square(want - got).mean()) > 24
+    assert psnr(np.square(want - got).mean()) > 24
 
 
 @pytest.mark.timeout(600)
-def test_both_are_better_than_either() -> None:
-    """Two of the twenty solids of `./run bench subjects`."""
+def test_what_both_are_worth() -> None:
+    """On two solids what holds in the mean of the twenty of `./run bench subjects`: both show the colours best, and
+    unseen sides better than the adapter of views alone. The optimisation alone equals them there (18.42 and 18.45 dB).
+    """
     found = [examine(model(), i) for i in (0, 1)]
     mean = {arm: [np.mean([getattr(f[arm], k) for f in found]) for k in ("similarity", "consistency")] for arm in ARMS}
-    for arm in ("views", "optimisation"):
-        assert all(np.array(mean["both"]) > mean[arm]), mean
+    assert mean["both"][0] > max(mean["views"][0], mean["optimisation"][0]), mean
+    assert mean["both"][1] > mean["views"][1] + 0.5, mean
 
 
 # ---- what it is trained on, and how it is marked ---------------------------------------------------------------------

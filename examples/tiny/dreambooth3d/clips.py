@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from solids import VIEWS, Solid, draw_solid, turntable
+from solids import CLASSES, COLOURS, VIEWS, Solid, draw_solid, turntable
 
 FRAMES = VIEWS + 1  # a full turn, whose last picture is its first
 MOTIONS = ("turning left", "turning right", "moving left", "moving right")
@@ -49,8 +49,6 @@ def caption(solid: Solid, motion: str | None, colours: bool) -> str:
 
 def captions() -> Sequence[str]:
     """Every caption's words, for the tokenizer and the language model."""
-    from solids import CLASSES, COLOURS
-
     out = []
     for kind in CLASSES:
         for motion in ("", *(f" {m}" for m in MOTIONS)):

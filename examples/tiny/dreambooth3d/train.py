@@ -1,4 +1,4 @@
-"""Makes clips of solids and trains dreambooth3d-tiny on them: about 30 minutes on two cores, everything from one seed.
+"""Makes clips of solids and trains dreambooth3d-tiny on them: about 25 minutes on two cores, everything from one seed.
 
 ./run train dreambooth3d [--out FOLDER] [--share 1.0]
 

@@ -41,11 +41,20 @@ BINS = 6  # of a colour's channel
 
 @dataclass(frozen=True)
 class Marks:
-    """similarity: of colours, 0 to 1 (their histograms' common part). consistency: PSNR, dB, of
-    pictures from sides that no photo shows."""
+    """similarity: of colours, 0 to 1 (their histograms' common part). consistency: PSNR, dB, of pictures from sides
+    that neither photos nor references show."""
 
     similarity: float
     consistency: float
+
+
+def psnr(square: float) -> float:
+    """dB of a mean square of u8 values."""
+    return float(10 * np.log10(255**2 / max(square, 1e-9)))
+
+
+def mean_marks(found: Sequence[Marks]) -> dict[str, float]:
+    return {k: float(np.mean([getattr(m, k) for m in found])) for k in ("similarity", "consistency")}
 
 
 def histogram(pictures: np.ndarray) -> np.ndarray:
@@ -67,7 +76,7 @@ def marks(video: np.ndarray, shown: Shown) -> Marks:
         squares.append((off.mean(), off[~np.isin(at, (*PHOTOS, *REFERENCES))].mean()))
     unseen = min(squares)[1]
     common = np.minimum(histogram(video), histogram(shown.views)).sum()
-    return Marks(float(common), float(10 * np.log10(255**2 / max(unseen, 1e-9))))
+    return Marks(float(common), psnr(unseen))
 
 
 def subjects_of(
@@ -114,9 +123,7 @@ def main() -> None:
             found.append(examine(model, i))
             told = ", ".join(f"{arm} {m.similarity:.3f} {m.consistency:.2f} dB" for arm, m in found[-1].items())
             print(f"[{time.perf_counter() - start:.0f} s] {i}: {told}", flush=True)
-    means = {arm: {k: float(np.mean([getattr(f[arm], k) for f in found])) for k in ("similarity", "consistency")}
-             for arm in ARMS}  # fmt: skip
-    print(json.dumps(means, indent=2))
+    print(json.dumps({arm: mean_marks([f[arm] for f in found]) for arm in ARMS}, indent=2))
 
 
 if __name__ == "__main__":
